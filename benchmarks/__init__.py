@@ -1,0 +1,1 @@
+"""Benchmarks: each result is first checked, then timed."""

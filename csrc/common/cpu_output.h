@@ -1,0 +1,47 @@
+// Where the CPU operators get their outputs: large ones from the output buffer cache.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "common/checks.h"
+#include "common/output_buffer.h"
+
+// Since torch 2.11; the library is built for 2.10, where it is missing and outputs are fresh.
+extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
+    void* data, int64_t ndim, const int64_t* sizes_ptr, const int64_t* strides_ptr,
+    int64_t storage_offset, int32_t dtype, int32_t device_type, int32_t device_index,
+    AtenTensorHandle* ret, int32_t layout, const uint8_t* opaque_metadata,
+    int64_t opaque_metadata_size, void (*deleter)(void* data, void* context), void* context);
+
+namespace pixfuse {
+
+// A dense, uninitialized CPU tensor.
+inline torch::stable::Tensor empty_cpu_output(int64_t rank, const int64_t* sizes,
+                                              const int64_t* strides,
+                                              torch::headeronly::ScalarType dtype,
+                                              int64_t element_bytes) {
+  constexpr int32_t kNoDeviceIndex = -1;
+  const auto shim_dtype =
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  const int32_t cpu = aoti_torch_device_type_cpu();
+  AtenTensorHandle handle = nullptr;
+
+  int64_t bytes = element_bytes;
+  for (int64_t d = 0; d < rank; ++d) bytes *= sizes[d];
+  void* buffer = torch_from_blob != nullptr ? acquire_output_buffer(bytes) : nullptr;
+  if (buffer != nullptr) {
+    const auto release = [](void* data, void*) { release_output_buffer(data); };
+    if (torch_from_blob(buffer, rank, sizes, strides, 0, shim_dtype, cpu, kNoDeviceIndex, &handle,
+                        aoti_torch_layout_strided(), nullptr, 0, release,
+                        nullptr) == AOTI_TORCH_SUCCESS) {
+      return torch::stable::Tensor(handle);
+    }
+    release_output_buffer(buffer);
+  }
+  check(aoti_torch_empty_strided(rank, sizes, strides, shim_dtype, cpu, kNoDeviceIndex, &handle) ==
+            AOTI_TORCH_SUCCESS,
+        "pixfuse", "torch to allocate an output of ", bytes, " bytes");
+  return torch::stable::Tensor(handle);
+}
+
+}  // namespace pixfuse

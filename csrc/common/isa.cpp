@@ -1,0 +1,83 @@
+#include "common/isa.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+namespace pixfuse {
+namespace {
+
+struct Level {
+  Isa isa;
+  const char* name;
+};
+constexpr Level kLevels[] = {
+    {Isa::portable, "portable"}, {Isa::avx2, "avx2"}, {Isa::avx512, "avx512"}, {Isa::neon, "neon"}};
+
+std::string available_names() {
+  std::string names;
+  for (const Level& level : kLevels) {
+    if (isa_available(level.isa)) names += (names.empty() ? "" : ", ") + std::string(level.name);
+  }
+  return names;
+}
+
+Isa best_isa() {
+  Isa best = Isa::portable;
+  for (const Level& level : kLevels) {
+    if (isa_available(level.isa)) best = level.isa;
+  }
+  return best;
+}
+
+Isa choose_isa() {
+  const char* forced = std::getenv("PIXFUSE_ISA");
+  if (forced == nullptr || *forced == '\0') return best_isa();
+  for (const Level& level : kLevels) {
+    if (std::string(forced) == level.name && isa_available(level.isa)) return level.isa;
+  }
+  throw std::invalid_argument("pixfuse: expected the environment variable PIXFUSE_ISA to be one of " +
+                              available_names() + " on this machine, got '" + forced +
+                              "'; unset it to let pixfuse choose");
+}
+
+std::atomic<Isa>& active() {
+  static std::atomic<Isa> isa{choose_isa()};  // stays unset, and throws again, while it throws
+  return isa;
+}
+
+}  // namespace
+
+bool isa_available(Isa isa) {
+  switch (isa) {
+    case Isa::portable:
+      return true;
+#if defined(__x86_64__)
+    case Isa::avx2:  // what -march=x86-64-v3 may use, as far as the loops can
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+             __builtin_cpu_supports("bmi2");
+    case Isa::avx512:  // -march=x86-64-v4
+      return isa_available(Isa::avx2) && __builtin_cpu_supports("avx512f") &&
+             __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#elif defined(__aarch64__)
+    case Isa::neon:
+      return true;
+#endif
+    default:
+      return false;
+  }
+}
+
+Isa active_isa() { return active().load(std::memory_order_relaxed); }
+
+void set_active_isa(Isa isa) {
+  if (!isa_available(isa)) {
+    throw std::invalid_argument("pixfuse: expected an instruction set that this machine can run (" +
+                                available_names() + ")");
+  }
+  active().store(isa, std::memory_order_relaxed);
+}
+
+}  // namespace pixfuse

@@ -1,0 +1,87 @@
+// What `normalize` needs, without torch: one plain struct, the formula, the launchers.
+//
+// This header is also compiled for higher instruction sets and by nvcc, so it includes no C++
+// standard library and everything with a body has internal linkage.
+#pragma once
+#include <stdint.h>
+
+#include "common/float_type.h"
+
+namespace pixfuse {
+
+// The numbers are the operator's schema; the names and their meaning live in
+// python/pixfuse/normalization.py.
+enum class Rounding : int32_t {
+  torchvision = 0,
+  torchvision_v1 = 1,
+  timm = 2,
+  transformers = 3,
+  nearest = 4,
+};
+
+// The arithmetic that a Rounding asks for. Several roundings share one; only constants differ.
+enum class Arithmetic : int32_t {
+  multiply = 0,  // ((x * scale) - mean) / std, float32, each step rounded
+  divide = 1,    // ((x / 255) - mean) / std, float32, each step rounded
+  nearest = 2,   // ((x - center_high) - center_low) / width, float64, rounded once to float32
+};
+
+struct ChannelConstants {
+  float mean;          // in the units of x * scale (or of x / 255)
+  float std;           // the same units
+  double center_high;  // 255 * mean = center_high + center_low, exactly
+  double center_low;
+  double width;  // 255 * std
+};
+
+// One call. Sizes and strides are N, C, H, W; strides count elements (a byte each for images).
+struct NormalizeArgs {
+  const uint8_t* images;
+  void* output;
+  int64_t sizes[4];
+  int64_t image_strides[4];
+  int64_t output_strides[4];
+  FloatType dtype;
+  Arithmetic arithmetic;
+  float scale;                       // of Arithmetic::multiply
+  const ChannelConstants* channels;  // [C], in host memory
+};
+
+// Splits [begin, end) over threads; the signature of torch's C function for it.
+using ParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain,
+                                void (*body)(int64_t, int64_t, void*), void* context);
+
+// Returns what `parallel_for` returned: 0 when all went well.
+int32_t normalize_cpu(const NormalizeArgs& args, ParallelFor parallel_for);
+
+// Enqueues on `stream` (a cudaStream_t) of the current device; returns a cudaError_t.
+int normalize_cuda(const NormalizeArgs& args, void* stream);
+
+// Makes as few and as long rows as the strides allow: when both sides go from one row of pixels
+// straight to the next, the rows are one; likewise the images.
+static inline void merge_rows(NormalizeArgs& args) {
+  constexpr int N = 0, H = 2, W = 3;
+  const auto move = [&](int from, int to) {
+    args.sizes[to] *= args.sizes[from];
+    if (args.sizes[to] == args.sizes[from]) {  // `to` had one element: its strides meant nothing
+      args.image_strides[to] = args.image_strides[from];
+      args.output_strides[to] = args.output_strides[from];
+    }
+    args.sizes[from] = 1;
+  };
+  const auto merge = [&](int outer, int inner) {
+    const bool follows_on =
+        args.sizes[outer] == 1 || args.sizes[inner] == 1 ||
+        (args.image_strides[outer] == args.image_strides[inner] * args.sizes[inner] &&
+         args.output_strides[outer] == args.output_strides[inner] * args.sizes[inner]);
+    if (follows_on) move(outer, inner);
+    return follows_on;
+  };
+  if (merge(H, W)) {
+    merge(N, W);
+  } else {
+    merge(N, H);
+  }
+}
+
+}  // namespace pixfuse

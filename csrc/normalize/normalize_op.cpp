@@ -1,0 +1,53 @@
+// The operator on CPU tensors: schema, checks, allocation; hands plain pointers to normalize_cpu.
+#include "common/cpu_output.h"
+#include "normalize/normalize_args.h"
+
+namespace pixfuse {
+namespace {
+
+void run(const NormalizeCall& call) {
+  check(normalize_cpu(call.args, torch_parallel_for) == 0, "normalize",
+        "torch's threads to run the loop");
+}
+
+Tensor normalize(const Tensor& images, const std::vector<double>& mean,
+                 const std::vector<double>& std, int64_t rounding, int64_t input_layout,
+                 ScalarType dtype, MemoryFormat memory_format) {
+  NormalizeCall call(images, mean, std, rounding, input_layout);
+  const auto strides =
+      dense_strides(call.args.sizes, wants_channels_last(call.images, memory_format));
+  for (int d = 0; d < 4; ++d) call.args.output_strides[d] = strides[d];
+  call.args.dtype = float_type_of(dtype, "dtype");
+  const int64_t skip = 4 - call.images.rank;
+  Tensor out = empty_cpu_output(call.images.rank, call.args.sizes + skip, strides.data() + skip,
+                                dtype, element_bytes(call.args.dtype));
+  call.args.output = out.mutable_data_ptr();
+  run(call);
+  return out;
+}
+
+void normalize_out(const Tensor& images, const std::vector<double>& mean,
+                   const std::vector<double>& std, int64_t rounding, int64_t input_layout,
+                   Tensor out) {
+  NormalizeCall call(images, mean, std, rounding, input_layout);
+  check(out.is_cpu(), "normalize", "out on the device of images (cpu)");
+  set_output(call, out);
+  run(call);
+}
+
+}  // namespace
+}  // namespace pixfuse
+
+STABLE_TORCH_LIBRARY_FRAGMENT(pixfuse, m) {
+  m.def(
+      "normalize(Tensor images, float[] mean, float[] std, int rounding, int input_layout, "
+      "ScalarType dtype, MemoryFormat memory_format) -> Tensor");
+  m.def(
+      "normalize_out(Tensor images, float[] mean, float[] std, int rounding, int input_layout, "
+      "Tensor(a!) out) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pixfuse, CPU, m) {
+  m.impl("normalize", TORCH_BOX(&pixfuse::normalize));
+  m.impl("normalize_out", TORCH_BOX(&pixfuse::normalize_out));
+}

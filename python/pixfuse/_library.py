@@ -1,0 +1,171 @@
+"""Loads the compiled libraries, registers fake kernels, and says what was loaded."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+#: The numbers of enum Isa in csrc/common/isa.h.
+ISA_CODES: Final = {"portable": 0, "avx2": 1, "avx512": 2, "neon": 3}
+#: The numbers of enum InputLayout in csrc/normalize/normalize_args.h.
+LAYOUT_CODES: Final = {"NCHW": 0, "NHWC": 1}
+
+
+def _load_libraries() -> tuple[bool, str]:
+    """Load _cpu, and _cuda where torch has CUDA; return (CUDA kernels loaded, why or why not)."""
+    folder = Path(__file__).parent
+    torch.ops.load_library(folder / "_cpu.so")
+    # A wrong PIXFUSE_ISA or PIXFUSE_CACHE_BYTES must fail here, not at the first batch.
+    try:
+        torch.ops.pixfuse.active_isa()
+        torch.ops.pixfuse.output_buffer()
+    except (RuntimeError, ValueError) as error:
+        raise ImportError(str(error)) from None
+    cuda_library = folder / "_cuda.so"
+    if not cuda_library.exists():
+        return False, "this build of pixfuse has no CUDA kernels (nvcc was not found or was off)"
+    if torch.version.cuda is None:
+        return False, "this build of torch has no CUDA"
+    torch.ops.load_library(cuda_library)
+    return True, "loaded"
+
+
+CUDA_LOADED, CUDA_STATE = _load_libraries()
+
+
+def dense_strides(shape: Any, channels_last: bool) -> tuple[Any, ...]:
+    """Strides of a dense (N, C, H, W) or (C, H, W) output, in elements."""
+    channels, height, width = shape[-3:]
+    if channels_last:
+        image = (1, width * channels, channels)
+    else:
+        image = (height * width, width, 1)
+    return image if len(shape) == 3 else (channels * height * width, *image)
+
+
+def resolve_channels_last(images: torch.Tensor, memory_format: torch.memory_format) -> bool:
+    """Whether the output of ``images`` (seen as NCHW) puts the channels of a pixel side by side."""
+    if memory_format is torch.preserve_format:
+        return bool(images.shape[-3] > 1 and images.stride(-3) == 1)
+    return memory_format is torch.channels_last
+
+
+def view_as_nchw(images: torch.Tensor, layout_code: int) -> torch.Tensor:
+    """``images`` with its dimensions in the order (N,) C, H, W; never a copy."""
+    return images.movedim(-1, -3) if layout_code == LAYOUT_CODES["NHWC"] else images
+
+
+@torch.library.register_fake("pixfuse::normalize")
+def _normalize_fake(
+    images: torch.Tensor,
+    mean: list[float],
+    std: list[float],
+    rounding: int,
+    input_layout: int,
+    dtype: torch.dtype,
+    memory_format: torch.memory_format,
+) -> torch.Tensor:
+    nchw = view_as_nchw(images, input_layout)
+    channels_last = resolve_channels_last(nchw, memory_format)
+    return images.new_empty_strided(
+        nchw.shape, dense_strides(nchw.shape, channels_last), dtype=dtype
+    )
+
+
+@torch.library.register_fake("pixfuse::normalize_out")
+def _normalize_out_fake(
+    images: torch.Tensor,
+    mean: list[float],
+    std: list[float],
+    rounding: int,
+    input_layout: int,
+    out: torch.Tensor,
+) -> None:
+    return None
+
+
+def available_isas() -> tuple[str, ...]:
+    """The instruction sets that this machine can run, from portable to best."""
+    return tuple(name for name, code in ISA_CODES.items() if torch.ops.pixfuse.isa_available(code))
+
+
+def active_isa() -> str:
+    """The instruction set in use."""
+    code = torch.ops.pixfuse.active_isa()
+    return next(name for name, number in ISA_CODES.items() if number == code)
+
+
+@contextmanager
+def use_isa(name: str) -> Iterator[None]:
+    """Run the loops of one instruction set for a while, in all threads: for tests and benchmarks."""
+    before = torch.ops.pixfuse.active_isa()
+    torch.ops.pixfuse.set_active_isa(ISA_CODES[name])
+    try:
+        yield
+    finally:
+        torch.ops.pixfuse.set_active_isa(before)
+
+
+def _pixfuse_version() -> str:
+    try:
+        return version("pixfuse")
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def info() -> dict[str, Any]:
+    """Say what runs here: what to paste into a bug report.
+
+    Returns:
+        A dict with
+
+        - ``pixfuse``, ``torch``, ``python``, ``machine``: versions and processor architecture;
+        - ``isa``: the instruction set of the CPU loops; ``available_isas``: what this machine can
+          run. The environment variable ``PIXFUSE_ISA`` forces one;
+        - ``threads``: torch's number of CPU threads;
+        - ``cuda``: ``loaded`` (are CUDA kernels loaded), ``state`` (why not), ``torch`` (the CUDA
+          version of torch, or None);
+        - ``output_buffer``: ``limit_bytes`` (of idle memory; environment variable
+          ``PIXFUSE_CACHE_BYTES``), ``idle_bytes``, ``in_use_bytes``, and the counts ``allocated``
+          and ``reused``.
+
+    Raises:
+        Nothing.
+    """
+    limit_bytes, idle_bytes, in_use_bytes, allocated, reused = torch.ops.pixfuse.output_buffer()
+    return {
+        "pixfuse": _pixfuse_version(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "isa": active_isa(),
+        "available_isas": available_isas(),
+        "threads": torch.get_num_threads(),
+        "cuda": {"loaded": CUDA_LOADED, "state": CUDA_STATE, "torch": torch.version.cuda},
+        "output_buffer": {
+            "limit_bytes": limit_bytes,
+            "idle_bytes": idle_bytes,
+            "in_use_bytes": in_use_bytes,
+            "allocated": allocated,
+            "reused": reused,
+        },
+    }
+
+
+def empty_cache() -> None:
+    """Give the idle memory of the CPU output buffer cache back to the operating system.
+
+    Large CPU outputs (1 MiB and more) use memory that earlier ones left, since fresh pages cost
+    several times the normalization itself. Up to ``PIXFUSE_CACHE_BYTES`` (environment variable,
+    default 1 GiB; 0 turns the cache off) are kept while idle.
+
+    Raises:
+        Nothing.
+    """
+    torch.ops.pixfuse.empty_cache()

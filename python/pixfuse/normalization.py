@@ -1,0 +1,176 @@
+"""The value that says what a pixel becomes: mean and std per channel, and a rounding."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Final, Literal, SupportsFloat, get_args
+
+Rounding = Literal["torchvision", "torchvision_v1", "timm", "transformers", "nearest"]
+
+#: The number of each rounding in the operators' schemas, where strings would leak.
+ROUNDING_CODES: Final[dict[str, int]] = {name: code for code, name in enumerate(get_args(Rounding))}
+
+
+def float32(value: float) -> float:
+    """Round ``value`` to the nearest float32; beyond its range, to an infinity."""
+    try:
+        rounded: float = struct.unpack("f", struct.pack("f", value))[0]
+    except OverflowError:
+        return math.copysign(math.inf, value)
+    return rounded
+
+
+def _numbers(argument: str, value: object) -> tuple[float, ...]:
+    """One number, or one per channel, as a tuple of floats."""
+    problem = (
+        f"Normalization: expected {argument} to be a number or a sequence of numbers, one per "
+        f"channel, got {value!r}"
+    )
+    if isinstance(value, (str, bytes)):
+        raise TypeError(problem)
+    try:
+        if isinstance(value, Iterable) and getattr(value, "ndim", 1) != 0:
+            numbers = tuple(float(v) for v in value)
+        elif isinstance(value, SupportsFloat):
+            numbers = (float(value),)
+        else:
+            raise TypeError(problem)
+    except (TypeError, ValueError):
+        raise TypeError(problem) from None
+    if not numbers:
+        raise ValueError(f"Normalization: expected {argument} to have at least 1 value, got none")
+    return numbers
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """What a pixel becomes: ``(x / 255 - mean) / std`` per channel, rounded as a library does it.
+
+    ==================== ============================================================ ============
+    rounding             arithmetic in float32, each step rounded, of a byte ``x``     equal to
+    ==================== ============================================================ ============
+    ``"torchvision"``    ``((x * f32(1/255)) - f32(mean)) / f32(std)``                v2 transforms
+    ``"torchvision_v1"`` ``((x / 255) - f32(mean)) / f32(std)``                       v1 on CPU
+    ``"timm"``           ``(x - f32(255*mean)) / f32(255*std)``                       its loader
+    ``"transformers"``   ``(x - f32(mean)*255) / (f32(std)*255)``                     fast processors
+    ``"nearest"``        the real number ``(x/255 - mean) / std``, rounded once       float64
+    ==================== ============================================================ ============
+
+    float16 and bfloat16 results are the float32 result rounded once, half to even.
+
+    ``"nearest"`` is computed in float64 from ``x - 255 * mean`` without cancellation, with a
+    relative error below 2**-50, and then rounded to float32: the nearest float32, unless the real
+    number lies that close to the middle between two of them. For every preset the tests check all
+    256 values against exact rational arithmetic.
+
+    Args:
+        mean: a number for every channel, or one per channel; finite, in units of [0, 1].
+        std: likewise; finite and above 0, also once rounded to float32.
+        rounding: a name of the table above; default ``"torchvision"``.
+
+    Raises:
+        TypeError: ``mean`` or ``std`` is not made of numbers, ``rounding`` is not a string.
+        ValueError: a value is out of range, the lengths differ, the rounding is unknown, or some
+            result would not fit float32.
+
+    Source:
+        torchvision ``transforms.v2.functional.normalize`` and ``to_dtype``; timm
+        ``data/loader.py``; transformers ``image_processing_utils_fast.py``.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    rounding: Rounding = "torchvision"
+    #: Number of the rounding in the operators' schemas.
+    rounding_code: int = field(init=False, repr=False, compare=False)
+    #: The largest magnitude of a result, infinities excluded by the checks.
+    largest: float = field(init=False, repr=False, compare=False)
+
+    def __init__(
+        self,
+        mean: SupportsFloat | Iterable[SupportsFloat],
+        std: SupportsFloat | Iterable[SupportsFloat],
+        rounding: Rounding = "torchvision",
+    ) -> None:
+        means, stds = _numbers("mean", mean), _numbers("std", std)
+        if len(means) != len(stds):
+            if 1 not in (len(means), len(stds)):
+                raise ValueError(
+                    "Normalization: expected mean and std to have the same length, got "
+                    f"{len(means)} and {len(stds)}"
+                )
+            channels = max(len(means), len(stds))
+            means = means * (channels // len(means))
+            stds = stds * (channels // len(stds))
+        _check_values(means, stds)
+        if not isinstance(rounding, str):
+            raise TypeError(
+                f"Normalization: expected rounding to be a string, got {type(rounding).__name__}"
+            )
+        if rounding not in ROUNDING_CODES:
+            raise ValueError(
+                f"Normalization: expected rounding to be one of {', '.join(ROUNDING_CODES)}, "
+                f"got {rounding!r}"
+            )
+        largest = max(
+            max(abs(0.0 - m), abs(1.0 - m)) / s for m, s in zip(means, stds, strict=True)
+        )
+        if math.isinf(float32(largest)):
+            raise ValueError(
+                "Normalization: expected mean and std whose results fit float32, got results up to "
+                f"{largest:.3g} from mean={means} and std={stds}; use a larger std"
+            )
+        object.__setattr__(self, "mean", means)
+        object.__setattr__(self, "std", stds)
+        object.__setattr__(self, "rounding", rounding)
+        object.__setattr__(self, "rounding_code", ROUNDING_CODES[rounding])
+        object.__setattr__(self, "largest", largest)
+
+
+def _check_values(means: tuple[float, ...], stds: tuple[float, ...]) -> None:
+    for m in means:
+        if not math.isfinite(m):
+            raise ValueError(f"Normalization: expected mean to be finite, got {m} in {means}")
+        if math.isinf(float32(255.0 * m)):
+            raise ValueError(f"Normalization: expected 255 * mean to fit float32, got mean {m}")
+    for s in stds:
+        if not math.isfinite(s):
+            raise ValueError(f"Normalization: expected std to be finite, got {s} in {stds}")
+        if s <= 0.0:
+            raise ValueError(f"Normalization: expected std to be above 0, got {s} in {stds}")
+        if float32(s) == 0.0 or math.isinf(float32(255.0 * s)):
+            raise ValueError(
+                "Normalization: expected std to stay above 0 and finite when rounded to float32 "
+                f"(about 1e-45 to 1e36), got {s}"
+            )
+
+
+#: [0, 1]: ``x / 255``. For sigmoid outputs and models that normalize themselves.
+UNIT: Final = Normalization(0.0, 1.0)
+#: [-1, 1]: ``(x / 255 - 0.5) / 0.5``. For tanh outputs; Inception, ViT of timm, diffusion models.
+SIGNED: Final = Normalization(0.5, 0.5)
+#: ImageNet, as torchvision's models expect; the std is a mean over images of per-image stds.
+IMAGENET: Final = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+#: ImageNet as timm's DPN models expect.
+IMAGENET_DPN: Final = Normalization(
+    (124 / 255, 117 / 255, 104 / 255), (1 / (0.0167 * 255),) * 3
+)
+#: CIFAR-10 training split, std over all pixels (0.2023, 0.1994, 0.2010 is the per-image mean).
+CIFAR10: Final = Normalization((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+#: CIFAR-100 training split, std over all pixels.
+CIFAR100: Final = Normalization((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
+#: SVHN training split, std over all pixels.
+SVHN: Final = Normalization((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970))
+#: MNIST training split (one channel, or any number of equal ones).
+MNIST: Final = Normalization(0.1307, 0.3081)
+#: Fashion-MNIST training split (one channel, or any number of equal ones).
+FASHION_MNIST: Final = Normalization(0.2860, 0.3530)
+#: CLIP of OpenAI, also OpenCLIP and SigLIP's predecessors.
+CLIP: Final = Normalization(
+    (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+)
+#: Kinetics-400, as torchvision's video models expect.
+KINETICS: Final = Normalization((0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989))

@@ -1,0 +1,76 @@
+"""The pure-torch twin of every function: what the kernels are compared with, bit for bit.
+
+Written for reading, not for speed: each rounding is spelled out step by step.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import numpy as np
+import torch
+
+from pixfuse._library import LAYOUT_CODES, dense_strides, resolve_channels_last, view_as_nchw
+from pixfuse.normalization import UNIT, Normalization
+
+
+def normalize(
+    images: torch.Tensor | np.ndarray,
+    normalization: Normalization = UNIT,
+    *,
+    input_layout: str = "NCHW",
+    dtype: torch.dtype = torch.float32,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> torch.Tensor:
+    """Do what :func:`pixfuse.normalize` does, in plain torch operations.
+
+    Args:
+        images: uint8, (N, C, H, W) or (C, H, W), or with ``input_layout="NHWC"`` channels last.
+        normalization: what a pixel becomes.
+        input_layout: ``"NCHW"`` or ``"NHWC"``.
+        dtype: float32, float16 or bfloat16.
+        memory_format: contiguous, channels_last or preserve.
+
+    Returns:
+        A float tensor of shape (N, C, H, W) or (C, H, W) in ``memory_format``.
+
+    Raises:
+        Nothing of its own: arguments are taken as they come.
+    """
+    tensor = torch.from_numpy(images) if isinstance(images, np.ndarray) else images
+    pixels = view_as_nchw(tensor, LAYOUT_CODES[input_layout])
+    values = _float32_values(pixels, normalization).to(dtype)
+    channels_last = resolve_channels_last(pixels, memory_format)
+    out = values.new_empty_strided(values.shape, dense_strides(values.shape, channels_last))
+    return out.copy_(values)
+
+
+def _float32_values(pixels: torch.Tensor, normalization: Normalization) -> torch.Tensor:
+    def per_channel(values: list[float], dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype, device=pixels.device).view(-1, 1, 1)
+
+    f32, f64 = torch.float32, torch.float64
+    mean, std = list(normalization.mean), list(normalization.std)
+    m, s = per_channel(mean, f32), per_channel(std, f32)
+    # As a tensor: torch divides by a Python number on CUDA by multiplying with its reciprocal.
+    c255 = torch.tensor(255.0, dtype=f32, device=pixels.device)
+
+    match normalization.rounding:
+        case "torchvision":
+            return ((pixels.to(f32) * torch.tensor(1 / 255, dtype=f32)) - m) / s
+        case "torchvision_v1":
+            return ((pixels.to(f32) / c255) - m) / s
+        case "timm":
+            m255 = per_channel([255 * v for v in mean], f32)
+            s255 = per_channel([255 * v for v in std], f32)
+            return (pixels.to(f32) - m255) / s255
+        case "transformers":
+            return (pixels.to(f32) - m * c255) / (s * c255)
+        case "nearest":
+            # 255 * mean as a sum of two float64: nothing is lost where x is near it.
+            center = [255 * Fraction(v) for v in mean]
+            high = [float(v) for v in center]
+            low = [float(v - Fraction(h)) for v, h in zip(center, high, strict=True)]
+            width = per_channel([255 * v for v in std], f64)
+            difference = (pixels.to(f64) - per_channel(high, f64)) - per_channel(low, f64)
+            return (difference / width).to(f32)
