@@ -15,14 +15,11 @@ extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
 
 namespace pixfuse {
 
-// A dense, uninitialized CPU tensor.
+// A dense, uninitialized CPU tensor; `shim_dtype` is the number that torch's C functions use.
 inline torch::stable::Tensor empty_cpu_output(int64_t rank, const int64_t* sizes,
-                                              const int64_t* strides,
-                                              torch::headeronly::ScalarType dtype,
+                                              const int64_t* strides, int32_t shim_dtype,
                                               int64_t element_bytes) {
   constexpr int32_t kNoDeviceIndex = -1;
-  const auto shim_dtype =
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   const int32_t cpu = aoti_torch_device_type_cpu();
   AtenTensorHandle handle = nullptr;
 

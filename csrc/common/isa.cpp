@@ -37,9 +37,9 @@ Isa choose_isa() {
   for (const Level& level : kLevels) {
     if (std::string(forced) == level.name && isa_available(level.isa)) return level.isa;
   }
-  throw std::invalid_argument("pixfuse: expected the environment variable PIXFUSE_ISA to be one of " +
-                              available_names() + " on this machine, got '" + forced +
-                              "'; unset it to let pixfuse choose");
+  throw std::invalid_argument(
+      "pixfuse: expected the environment variable PIXFUSE_ISA to be one of " + available_names() +
+      " on this machine, got '" + forced + "'; unset it to let pixfuse choose");
 }
 
 std::atomic<Isa>& active() {
@@ -56,7 +56,7 @@ bool isa_available(Isa isa) {
 #if defined(__x86_64__)
     case Isa::avx2:  // what -march=x86-64-v3 may use, as far as the loops can
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-             __builtin_cpu_supports("bmi2");
+             __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
     case Isa::avx512:  // -march=x86-64-v4
       return isa_available(Isa::avx2) && __builtin_cpu_supports("avx512f") &&
              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&

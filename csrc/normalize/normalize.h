@@ -23,7 +23,7 @@ enum class Rounding : int32_t {
 enum class Arithmetic : int32_t {
   multiply = 0,  // ((x * scale) - mean) / std, float32, each step rounded
   divide = 1,    // ((x / 255) - mean) / std, float32, each step rounded
-  nearest = 2,   // ((x - center_high) - center_low) / width, float64, rounded once to float32
+  nearest = 2,   // ((x - center_high) - center_low) * inverse_width, float64, then to float32
 };
 
 struct ChannelConstants {
@@ -31,7 +31,7 @@ struct ChannelConstants {
   float std;           // the same units
   double center_high;  // 255 * mean = center_high + center_low, exactly
   double center_low;
-  double width;  // 255 * std
+  double inverse_width;  // 1 / (255 * std)
 };
 
 // One call. Sizes and strides are N, C, H, W; strides count elements (a byte each for images).

@@ -13,12 +13,13 @@
 
 namespace pixfuse {
 
-using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// The numbers of `input_layout` in the operator's schema.
+// Numbers of the operator's schema, where strings would leak and torch's own enums cost 0.6 us more
+// per call. Their names are in python/pixfuse/_library.py; `dtype` is a FloatType.
 enum class InputLayout : int64_t { nchw = 0, nhwc = 1 };
+enum class MemoryFormat : int64_t { contiguous = 0, channels_last = 1, preserve = 2 };
 
 // Shape and strides as N, C, H, W, whatever order and rank the tensor has.
 struct ImageView {
@@ -31,6 +32,10 @@ inline ImageView view_as_nchw(const Tensor& tensor, InputLayout layout, const ch
   constexpr int kFromNchw[4] = {0, 1, 2, 3}, kFromNhwc[4] = {0, 3, 1, 2};
   const int* order = layout == InputLayout::nhwc ? kFromNhwc : kFromNchw;
   ImageView view{};
+  int32_t tensor_layout = -1;
+  check(aoti_torch_get_layout(tensor.get(), &tensor_layout) == AOTI_TORCH_SUCCESS &&
+            tensor_layout == aoti_torch_layout_strided(),
+        "normalize", name, " to be a dense tensor");
   view.rank = tensor.dim();
   check(view.rank == 3 || view.rank == 4, "normalize", name, " to have 3 or 4 dimensions, got ",
         view.rank);
@@ -52,20 +57,33 @@ inline std::array<int64_t, 4> dense_strides(const int64_t (&sizes)[4], bool chan
 }
 
 // memory_format=preserve: as the images lie, seen as NCHW.
-inline bool wants_channels_last(const ImageView& images, MemoryFormat format) {
-  check(format == MemoryFormat::Contiguous || format == MemoryFormat::ChannelsLast ||
-            format == MemoryFormat::Preserve,
-        "normalize", "memory_format to be contiguous_format, channels_last or preserve_format");
-  if (format != MemoryFormat::Preserve) return format == MemoryFormat::ChannelsLast;
+inline bool wants_channels_last(const ImageView& images, int64_t memory_format) {
+  check(memory_format >= 0 && memory_format <= 2, "normalize",
+        "memory_format 0 (contiguous), 1 (channels_last) or 2 (preserve), got ", memory_format);
+  const auto format = static_cast<MemoryFormat>(memory_format);
+  if (format != MemoryFormat::preserve) return format == MemoryFormat::channels_last;
   return images.sizes[1] > 1 && images.strides[1] == 1;
 }
 
-inline FloatType float_type_of(ScalarType dtype, const char* name) {
+inline FloatType float_type_of(int64_t dtype) {
+  check(dtype >= 0 && dtype <= 2, "normalize",
+        "dtype 0 (float32), 1 (float16) or 2 (bfloat16), got ", dtype);
+  return static_cast<FloatType>(dtype);
+}
+
+inline FloatType float_type_of(ScalarType dtype) {
   check(dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
-        "normalize", name, " to be float32, float16 or bfloat16");
+        "normalize", "out.dtype to be float32, float16 or bfloat16");
   return dtype == ScalarType::Float  ? FloatType::float32
          : dtype == ScalarType::Half ? FloatType::float16
                                      : FloatType::bfloat16;
+}
+
+// The number by which torch's C functions know a dtype.
+inline int32_t shim_dtype(FloatType dtype) {
+  return dtype == FloatType::float32   ? aoti_torch_dtype_float32()
+         : dtype == FloatType::float16 ? aoti_torch_dtype_float16()
+                                       : aoti_torch_dtype_bfloat16();
 }
 
 // Everything of a call but the output, checked; owns the constants that `args` points to.
@@ -80,9 +98,12 @@ struct NormalizeCall {
     check(rounding >= 0 && rounding <= 4, "normalize", "rounding from 0 to 4, got ", rounding);
     images = view_as_nchw(images_tensor, static_cast<InputLayout>(input_layout), "images");
     args.images = static_cast<const uint8_t*>(images_tensor.const_data_ptr());
+    int64_t output_bytes = 4;  // at most, for each element
     for (int d = 0; d < 4; ++d) {
       args.sizes[d] = images.sizes[d];
       args.image_strides[d] = images.strides[d];
+      check(!__builtin_mul_overflow(output_bytes, args.sizes[d], &output_bytes), "normalize",
+            "images whose result fits in memory");
     }
     set_channels(mean, std, static_cast<Rounding>(rounding));
   }
@@ -135,8 +156,8 @@ inline ByteRange bytes_reached(const void* data, const int64_t (&sizes)[4],
 // Checks a caller's output against the call and takes it over: dense, contiguous or channels-last.
 inline void set_output(NormalizeCall& call, const Tensor& out) {
   NormalizeArgs& args = call.args;
-  args.dtype = float_type_of(out.scalar_type(), "out.dtype");
   const ImageView view = view_as_nchw(out, InputLayout::nchw, "out");
+  args.dtype = float_type_of(out.scalar_type());
   check(view.rank == call.images.rank, "normalize", "out with as many dimensions as images");
   bool empty = false, dense[2] = {true, true};
   for (int d = 0; d < 4; ++d) {

@@ -34,11 +34,11 @@ static inline void set_rounding(NormalizeArgs& args, ChannelConstants* channels,
         constants.std = static_cast<float>(s) * 255.0f;
         break;
     }
-    // x - 255 * mean cancels where x is near the mean: keeping the part of 255 * mean that a
-    // double drops leaves a relative error of 2^-52 everywhere.
+    // x - 255 * mean cancels where x is near the mean: with the part of 255 * mean that a double
+    // drops, the relative error of the result stays below 2^-50 everywhere.
     constants.center_high = 255.0 * m;
     constants.center_low = __builtin_fma(255.0, m, -constants.center_high);
-    constants.width = 255.0 * s;
+    constants.inverse_width = 1.0 / (255.0 * s);
   }
 }
 

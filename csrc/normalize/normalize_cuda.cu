@@ -1,9 +1,10 @@
 // The kernel and its launcher; no torch.
 //
-// A block of threads takes a tile: some rows of some neighbouring pixels, all channels. It stages the
-// tile's bytes in shared memory with 16-byte loads, in the order in which they lie in memory, and
-// then writes the results with 16-byte stores, in the order of the output. So both sides of device
-// memory see whole, aligned accesses whatever the two layouts are, and every byte moves once.
+// A block of threads takes a tile: some rows of some neighbouring pixels, all channels. It stages
+// the tile's bytes in shared memory with 16-byte loads, in the order in which they lie in memory,
+// and then writes the results with 16-byte stores, in the order of the output. So both sides of
+// device memory see whole, aligned accesses whatever the two layouts are, and every byte moves
+// once.
 //
 // A `run` is what lies side by side in memory: in a planar image the pixels of one row and channel,
 // in an interleaved one the whole row. Where a run starts or ends off a 16-byte boundary, its first
@@ -18,10 +19,9 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kChunkBytes = 16;
-constexpr int kTileBytes = 4096;       // one 16-byte load for each thread
-constexpr int kTableTileBytes = 16384;  // more, since the block also fills the table
-constexpr int kMaxRuns = kThreads;     // one thread describes each run
-constexpr int kMaxChannels = 32;       // of one launch: their constants travel as parameters
+constexpr int kTileBytes = 4096;    // one 16-byte load for each thread
+constexpr int kMaxRuns = kThreads;  // one thread describes each run
+constexpr int kMaxChannels = 32;    // of one launch: their constants travel as parameters
 
 enum class Staging : int { planar, interleaved, gathered };
 
@@ -39,8 +39,7 @@ struct TileParameters {
   Staging staging;
   Arithmetic arithmetic;
   float scale;
-  float mean[kMaxChannels], std[kMaxChannels];
-  double center_high[kMaxChannels], center_low[kMaxChannels], range[kMaxChannels];
+  ChannelConstants constants[kMaxChannels];
 };
 
 __device__ __forceinline__ void convert(float value, float& result) { result = value; }
@@ -59,12 +58,33 @@ __device__ __forceinline__ int offset_in_chunk(const void* address) {
   return static_cast<int>(reinterpret_cast<uintptr_t>(address) % kChunkBytes);
 }
 
-__device__ __forceinline__ float nearest_value(const TileParameters& tile, int x, int channel) {
-  const double centered =
-      __dsub_rn(__dsub_rn(static_cast<double>(x), tile.center_high[channel]),
-                tile.center_low[channel]);
-  return __double2float_rn(__ddiv_rn(centered, tile.range[channel]));
-}
+// What a channel needs for its arithmetic, in float32 or in float64. Each step is rounded, as in
+// the reference: no contraction.
+struct FloatSteps {
+  float mean, std;
+  __device__ __forceinline__ void set(const ChannelConstants& channel) {
+    mean = channel.mean;
+    std = channel.std;
+  }
+  __device__ __forceinline__ float apply(int x, const TileParameters& tile) const {
+    const float scaled = tile.arithmetic == Arithmetic::divide
+                             ? __fdiv_rn(static_cast<float>(x), 255.0f)
+                             : __fmul_rn(static_cast<float>(x), tile.scale);
+    return __fdiv_rn(__fsub_rn(scaled, mean), std);
+  }
+};
+struct DoubleSteps {
+  double center_high, center_low, inverse_width;
+  __device__ __forceinline__ void set(const ChannelConstants& channel) {
+    center_high = channel.center_high;
+    center_low = channel.center_low;
+    inverse_width = channel.inverse_width;
+  }
+  __device__ __forceinline__ float apply(int x, const TileParameters&) const {
+    const double centered = __dsub_rn(__dsub_rn(static_cast<double>(x), center_high), center_low);
+    return __double2float_rn(__dmul_rn(centered, inverse_width));
+  }
+};
 
 // Walks over `run_count` runs of `chunks` chunks each, one chunk per thread at a time, without a
 // division for each.
@@ -85,7 +105,7 @@ struct ChunkWalk {
 
 // `Interleaved` is the number of channels side by side in the output: 0 for a planar output, 3 or 4
 // known when compiled, -1 for any other number.
-template <class T, int Interleaved, bool UseTable>
+template <class T, class Steps, int Interleaved>
 __global__ void __launch_bounds__(kThreads) normalize_kernel(const TileParameters tile) {
   constexpr int kVector = kChunkBytes / static_cast<int>(sizeof(T));
   const int channels = Interleaved > 0 ? Interleaved : tile.channels;
@@ -94,13 +114,11 @@ __global__ void __launch_bounds__(kThreads) normalize_kernel(const TileParameter
   const int rows = smaller(tile.tile_rows, tile.row_count - row0);
   const int pixels = smaller(tile.tile_pixels, tile.width - pixel0);
 
-  PIXFUSE_DYNAMIC_SHARED(uint8_t, shared);
-  float* table = reinterpret_cast<float*>(shared);  // [channels][256], only if UseTable
-  uint8_t* staged = shared + (UseTable ? channels * 256 * static_cast<int>(sizeof(float)) : 0);
+  PIXFUSE_DYNAMIC_SHARED(uint8_t, staged);
   __shared__ const uint8_t* run_source[kMaxRuns];  // first byte in device memory
   __shared__ int run_begin[kMaxRuns];              // the same byte among the staged ones
   __shared__ T* run_target[kMaxRuns];              // first result in device memory
-  __shared__ float channel_mean[kMaxChannels], channel_std[kMaxChannels];
+  __shared__ Steps steps[kMaxChannels];            // parameters are slow to index by thread
 
   // Describe the runs: of each row and channel, whether or not its neighbours share a staged run.
   const int described = threadIdx.x;
@@ -111,25 +129,16 @@ __global__ void __launch_bounds__(kThreads) normalize_kernel(const TileParameter
                                 h * tile.image_strides[2] + pixel0 * tile.image_strides[3];
     const uint8_t* source = row_source + channel * tile.image_strides[1];
     run_source[described] = source;
-    run_begin[described] =
-        tile.staging == Staging::planar
-            ? described * tile.run_pitch + offset_in_chunk(source)
-        : tile.staging == Staging::interleaved
-            ? row * tile.run_pitch + offset_in_chunk(row_source) + channel
-            : described * tile.run_pitch;
+    run_begin[described] = tile.staging == Staging::planar
+                               ? described * tile.run_pitch + offset_in_chunk(source)
+                           : tile.staging == Staging::interleaved
+                               ? row * tile.run_pitch + offset_in_chunk(row_source) + channel
+                               : described * tile.run_pitch;
     run_target[described] = static_cast<T*>(tile.output) + n * tile.output_strides[0] +
                             channel * tile.output_strides[1] + h * tile.output_strides[2] +
                             pixel0 * tile.output_strides[3];
   }
-  if (threadIdx.x < channels) {
-    channel_mean[threadIdx.x] = tile.mean[threadIdx.x];
-    channel_std[threadIdx.x] = tile.std[threadIdx.x];
-  }
-  if (UseTable) {
-    for (int i = threadIdx.x; i < channels * 256; i += kThreads) {
-      table[i] = nearest_value(tile, i % 256, i / 256);
-    }
-  }
+  if (threadIdx.x < channels) steps[threadIdx.x].set(tile.constants[threadIdx.x]);
   __syncthreads();
 
   // Stage the bytes.
@@ -164,19 +173,9 @@ __global__ void __launch_bounds__(kThreads) normalize_kernel(const TileParameter
   __syncthreads();
 
   // Convert, in the order of the output.
-  const auto result_of = [&](int address, int channel, float mean, float std) {
-    const int x = staged[address];
-    float value;
-    if (UseTable) {
-      value = table[channel * 256 + x];
-    } else {
-      const float scaled = tile.arithmetic == Arithmetic::divide
-                               ? __fdiv_rn(static_cast<float>(x), 255.0f)
-                               : __fmul_rn(static_cast<float>(x), tile.scale);
-      value = __fdiv_rn(__fsub_rn(scaled, mean), std);
-    }
+  const auto result_of = [&](int address, const Steps& channel_steps) {
     T result;
-    convert(value, result);
+    convert(channel_steps.apply(staged[address], tile), result);
     return result;
   };
   constexpr bool kPlanar = Interleaved == 0;
@@ -188,38 +187,33 @@ __global__ void __launch_bounds__(kThreads) normalize_kernel(const TileParameter
   for (; walk.run < run_count; walk.advance()) {
     const int first_run = kPlanar ? walk.run : walk.run * channels;
     T* target = run_target[first_run];
-    const int first =
-        walk.chunk * kVector - offset_in_chunk(target) / static_cast<int>(sizeof(T));
+    const int first = walk.chunk * kVector - offset_in_chunk(target) / static_cast<int>(sizeof(T));
     if (gaps || first < 0 || first + kVector > run_elements) {
       for (int i = first < 0 ? 0 : first; i < smaller(first + kVector, run_elements); ++i) {
         const int pixel = kPlanar ? i : i / channels;
         const int channel = kPlanar ? walk.run % channels : i % channels;
         const int run = kPlanar ? first_run : first_run + channel;
         target[gaps ? pixel * tile.output_strides[3] + channel : i] =
-            result_of(run_begin[run] + pixel * pixel_step, channel, channel_mean[channel],
-                      channel_std[channel]);
+            result_of(run_begin[run] + pixel * pixel_step, steps[channel]);
       }
       continue;
     }
     // The elements of a vector take turns through `kTurn` channels, from some channel on. What a
     // channel needs is looked up once for each turn, not for each element.
     constexpr int kTurn = kPlanar ? 1 : Interleaved > 0 ? Interleaved : kVector;
-    int address[kTurn], channel_of[kTurn];
-    float mean[kTurn], std[kTurn];
+    int address[kTurn];
+    Steps turn[kTurn];
 #pragma unroll
     for (int k = 0; k < kTurn; ++k) {
       const int pixel = kPlanar ? first : (first + k) / channels;
       const int channel = kPlanar ? walk.run % channels : (first + k) % channels;
       address[k] = run_begin[kPlanar ? first_run : first_run + channel] + pixel * pixel_step;
-      channel_of[k] = channel;
-      mean[k] = channel_mean[channel];
-      std[k] = channel_std[channel];
+      turn[k] = steps[channel];
     }
     T results[kVector];
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
-      const int k = i % kTurn;
-      results[i] = result_of(address[k] + i / kTurn * pixel_step, channel_of[k], mean[k], std[k]);
+      results[i] = result_of(address[i % kTurn] + i / kTurn * pixel_step, turn[i % kTurn]);
     }
     uint4 packed;
     memcpy(&packed, results, sizeof packed);
@@ -230,8 +224,7 @@ __global__ void __launch_bounds__(kThreads) normalize_kernel(const TileParameter
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The tile's shape and how its bytes are staged; returns the bytes of shared memory.
-int64_t plan(TileParameters& tile, bool use_table) {
-  const int64_t budget = use_table ? kTableTileBytes : kTileBytes;
+int64_t plan(TileParameters& tile) {
   const int64_t pixel_step = tile.image_strides[3];
   const int64_t channels = tile.channels;
   if (pixel_step == 1 || tile.width == 1) {
@@ -244,9 +237,9 @@ int64_t plan(TileParameters& tile, bool use_table) {
   const bool interleaved = tile.staging == Staging::interleaved;
   const int64_t pixel_bytes = interleaved ? pixel_step : channels;
 
-  int64_t pixels = budget / pixel_bytes / kChunkBytes * kChunkBytes;  // keeps runs aligned
+  int64_t pixels = kTileBytes / pixel_bytes / kChunkBytes * kChunkBytes;  // keeps runs aligned
   if (pixels > tile.width) pixels = tile.width;
-  int64_t rows = budget / (pixel_bytes * pixels);
+  int64_t rows = kTileBytes / (pixel_bytes * pixels);
   if (pixels < tile.width || rows < 1) rows = 1;
   if (rows > kMaxRuns / channels) rows = kMaxRuns / channels;
   if (rows > tile.row_count) rows = tile.row_count;
@@ -257,23 +250,23 @@ int64_t plan(TileParameters& tile, bool use_table) {
   const int64_t run_bytes = interleaved ? pixels * pixel_step : pixels;
   const int64_t run_count = interleaved ? rows : rows * channels;
   // A run starts where its address does within a chunk: up to 15 bytes later.
-  tile.run_pitch = static_cast<int>(divide_up(run_bytes + kChunkBytes - 1, kChunkBytes)) * kChunkBytes;
-  const int64_t table_bytes = use_table ? channels * 256 * int64_t{sizeof(float)} : 0;
-  return table_bytes + run_count * tile.run_pitch;
+  tile.run_pitch =
+      static_cast<int>(divide_up(run_bytes + kChunkBytes - 1, kChunkBytes)) * kChunkBytes;
+  return run_count * tile.run_pitch;
 }
 
-template <class T, bool UseTable>
+template <class T, class Steps>
 cudaError_t launch_for(const TileParameters& tile, int64_t shared_bytes, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(divide_up(tile.row_count, tile.tile_rows) *
-                                        tile.tiles_per_row));
+  const dim3 grid(
+      static_cast<unsigned>(divide_up(tile.row_count, tile.tile_rows) * tile.tiles_per_row));
   const dim3 block(kThreads);
   const auto start = [&](void (*kernel)(TileParameters)) {
     return launch(kernel, grid, block, static_cast<size_t>(shared_bytes), stream, tile);
   };
-  if (tile.output_strides[3] == 1 || tile.width == 1) return start(normalize_kernel<T, 0, UseTable>);
-  if (tile.channels == 3) return start(normalize_kernel<T, 3, UseTable>);
-  if (tile.channels == 4) return start(normalize_kernel<T, 4, UseTable>);
-  return start(normalize_kernel<T, -1, UseTable>);
+  if (tile.output_strides[3] == 1 || tile.width == 1) return start(normalize_kernel<T, Steps, 0>);
+  if (tile.channels == 3) return start(normalize_kernel<T, Steps, 3>);
+  if (tile.channels == 4) return start(normalize_kernel<T, Steps, 4>);
+  return start(normalize_kernel<T, Steps, -1>);
 }
 
 template <class T>
@@ -292,18 +285,11 @@ cudaError_t launch_channels(const NormalizeArgs& args, int64_t first, int64_t co
   tile.channels = static_cast<int>(count);
   tile.arithmetic = args.arithmetic;
   tile.scale = args.scale;
-  for (int64_t c = 0; c < count; ++c) {
-    const ChannelConstants& channel = args.channels[first + c];
-    tile.mean[c] = channel.mean;
-    tile.std[c] = channel.std;
-    tile.center_high[c] = channel.center_high;
-    tile.center_low[c] = channel.center_low;
-    tile.range[c] = channel.width;
-  }
-  const bool use_table = args.arithmetic == Arithmetic::nearest;  // float64 is slow on most GPUs
-  const int64_t shared_bytes = plan(tile, use_table);
-  return use_table ? launch_for<T, true>(tile, shared_bytes, stream)
-                   : launch_for<T, false>(tile, shared_bytes, stream);
+  for (int64_t c = 0; c < count; ++c) tile.constants[c] = args.channels[first + c];
+  const int64_t shared_bytes = plan(tile);
+  return args.arithmetic == Arithmetic::nearest
+             ? launch_for<T, DoubleSteps>(tile, shared_bytes, stream)
+             : launch_for<T, FloatSteps>(tile, shared_bytes, stream);
 }
 
 }  // namespace

@@ -1,63 +1,145 @@
 // The loops over pixels. Compiled once per instruction set, with PIXFUSE_ISA naming its namespace
 // and -ffp-contract=off, since each step of the arithmetic is rounded.
 //
-// A block goes through three plain loops: bring the bytes of each channel together, convert them,
-// put the results where the output wants them. Steps that would change nothing are left out, and
-// what lies between two steps stays in the first-level cache.
+// A block goes through two plain loops, which the compiler vectorizes: bring its bytes into the
+// order of the output, then convert them, straight into the output. The first is left out where the
+// order is right already. What lies between the two stays in the first-level cache.
 #include "normalize/normalize_loop.h"
 
-#if defined(__AVX512BW__)
+#if defined(__F16C__)
 #include <immintrin.h>
 #endif
 
 namespace pixfuse::PIXFUSE_ISA {
 namespace {
 
-constexpr int kMaxGroup = 4;  // channels that are staged together
+// The constants of neighbouring results of an interleaved output: those of the channels, over and
+// over, for a whole number of pixels.
+struct Cycle {
+  static constexpr int64_t kCapacity = 1024;
+  static constexpr int64_t kPixels = 64;  // so that the period is a multiple of every vector width
+  static constexpr int64_t kMaxChannels = kCapacity / kPixels;
 
-// --- convert: contiguous bytes of one channel to contiguous results ---
+  int64_t period;
+  alignas(64) float mean[kCapacity];
+  alignas(64) float std[kCapacity];
+  alignas(64) double center_high[kCapacity];
+  alignas(64) double center_low[kCapacity];
+  alignas(64) double inverse_width[kCapacity];
+};
+
+// --- convert ---
 
 template <Arithmetic arithmetic>
-inline float normalize_value(uint8_t x, const ChannelConstants& channel, float scale) {
+inline float normalize_value(uint8_t x, float scale, float mean, float std, double center_high,
+                             double center_low, double inverse_width) {
   if constexpr (arithmetic == Arithmetic::multiply) {
-    return ((static_cast<float>(x) * scale) - channel.mean) / channel.std;
+    return ((static_cast<float>(x) * scale) - mean) / std;
   } else if constexpr (arithmetic == Arithmetic::divide) {
-    return ((static_cast<float>(x) / 255.0f) - channel.mean) / channel.std;
+    return ((static_cast<float>(x) / 255.0f) - mean) / std;
   } else {
-    return static_cast<float>(
-        ((static_cast<double>(x) - channel.center_high) - channel.center_low) / channel.width);
+    const double centered = (static_cast<double>(x) - center_high) - center_low;
+    return static_cast<float>(centered * inverse_width);
   }
 }
 
+// `count` bytes of one channel.
 template <Arithmetic arithmetic, class T>
-void compute_run_of(const uint8_t* __restrict in, T* __restrict out, int64_t count,
-                    const ChannelConstants& channel, float scale) {
-  const ChannelConstants constants = channel;  // `out` cannot alias a local
+void convert_run(const uint8_t* __restrict in, T* __restrict out, int64_t count, float scale,
+                 const ChannelConstants& channel) {
+  const ChannelConstants c = channel;  // a local: `out` cannot alias it
   for (int64_t i = 0; i < count; ++i) {
-    out[i] = round_to<T>(normalize_value<arithmetic>(in[i], constants, scale));
+    out[i] = round_to<T>(normalize_value<arithmetic>(in[i], scale, c.mean, c.std, c.center_high,
+                                                     c.center_low, c.inverse_width));
+  }
+}
+
+// `count` bytes of all channels in turn.
+template <Arithmetic arithmetic, class T>
+void convert_cycle(const uint8_t* __restrict in, T* __restrict out, int64_t count, float scale,
+                   const Cycle& __restrict cycle) {
+  for (int64_t begin = 0; begin < count; begin += cycle.period) {
+    const int64_t left = count - begin;
+    const int64_t length = left < cycle.period ? left : cycle.period;
+    for (int64_t i = 0; i < length; ++i) {
+      out[begin + i] = round_to<T>(normalize_value<arithmetic>(
+          in[begin + i], scale, cycle.mean[i], cycle.std[i], cycle.center_high[i],
+          cycle.center_low[i], cycle.inverse_width[i]));
+    }
   }
 }
 
 template <class T>
-void compute_run(const NormalizeArgs& args, const uint8_t* in, T* out, int64_t count, int64_t c) {
+void compute(const NormalizeArgs& args, const uint8_t* in, T* out, int64_t count,
+             const ChannelConstants& channel) {
   switch (args.arithmetic) {
     case Arithmetic::multiply:
-      return compute_run_of<Arithmetic::multiply>(in, out, count, args.channels[c], args.scale);
+      return convert_run<Arithmetic::multiply>(in, out, count, args.scale, channel);
     case Arithmetic::divide:
-      return compute_run_of<Arithmetic::divide>(in, out, count, args.channels[c], args.scale);
+      return convert_run<Arithmetic::divide>(in, out, count, args.scale, channel);
     case Arithmetic::nearest:
-      return compute_run_of<Arithmetic::nearest>(in, out, count, args.channels[c], args.scale);
+      return convert_run<Arithmetic::nearest>(in, out, count, args.scale, channel);
   }
 }
 
+template <class T>
+void compute(const NormalizeArgs& args, const uint8_t* in, T* out, int64_t count,
+             const Cycle& cycle) {
+  switch (args.arithmetic) {
+    case Arithmetic::multiply:
+      return convert_cycle<Arithmetic::multiply>(in, out, count, args.scale, cycle);
+    case Arithmetic::divide:
+      return convert_cycle<Arithmetic::divide>(in, out, count, args.scale, cycle);
+    case Arithmetic::nearest:
+      return convert_cycle<Arithmetic::nearest>(in, out, count, args.scale, cycle);
+  }
+}
+
+// `Constants` are those of one channel, or the Cycle of all.
+template <class T, class Constants>
+void convert(const NormalizeArgs& args, const uint8_t* in, T* out, int64_t count,
+             const Constants& constants) {
+  compute(args, in, out, count, constants);
+}
+
+#if defined(__F16C__)
+// gcc does not vectorize the rounding to float16 with the instruction that does it: three times
+// faster than the integer steps of round_to.
+void round_run(const float* in, Float16* out, int64_t count) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    const __m128i rounded = _mm256_cvtps_ph(_mm256_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), rounded);
+  }
+  for (; i < count; ++i) out[i] = round_to<Float16>(in[i]);
+}
+
+inline int64_t whole_period(const ChannelConstants&) { return Cycle::kCapacity; }
+inline int64_t whole_period(const Cycle& cycle) { return cycle.period; }
+
+template <class Constants>
+void convert(const NormalizeArgs& args, const uint8_t* in, Float16* out, int64_t count,
+             const Constants& constants) {
+  alignas(64) float values[Cycle::kCapacity];
+  const int64_t step = whole_period(constants);
+  for (int64_t begin = 0; begin < count; begin += step) {
+    const int64_t left = count - begin, length = left < step ? left : step;
+    compute(args, in + begin, values, length, constants);
+    round_run(values, out + begin, length);
+  }
+}
+#endif
+
 #if defined(__AVX512BW__)
 // A table of 16-bit results fits in eight registers of 32 entries; two-register permutes look up 64
-// of them at a time. Without intrinsics gcc looks up one element after another.
+// of them at a time. That takes half the time of computing and rounding them.
 inline __m512i lookup_64(__m512i low, __m512i high, __m512i index) {
   return _mm512_permutex2var_epi16(low, index, high);  // uses the low 6 bits of each index
 }
 
-int64_t lookup_vectors(const uint8_t* in, uint16_t* out, int64_t count, const uint16_t* table) {
+constexpr bool kHasLookup = true;
+
+void lookup_run(const uint8_t* in, uint16_t* out, int64_t count, const uint16_t* table) {
   __m512i entries[8];
   for (int i = 0; i < 8; ++i) entries[i] = _mm512_loadu_si512(table + 32 * i);
   const __m512i bit6 = _mm512_set1_epi16(64), bit7 = _mm512_set1_epi16(128);
@@ -67,38 +149,33 @@ int64_t lookup_vectors(const uint8_t* in, uint16_t* out, int64_t count, const ui
     const __m512i index = _mm512_cvtepu8_epi16(bytes);
     const __mmask32 in_odd_quarter = _mm512_test_epi16_mask(index, bit6);
     const __mmask32 in_upper_half = _mm512_test_epi16_mask(index, bit7);
-    const __m512i lower = _mm512_mask_blend_epi16(in_odd_quarter,
-                                                  lookup_64(entries[0], entries[1], index),
-                                                  lookup_64(entries[2], entries[3], index));
-    const __m512i upper = _mm512_mask_blend_epi16(in_odd_quarter,
-                                                  lookup_64(entries[4], entries[5], index),
-                                                  lookup_64(entries[6], entries[7], index));
+    const __m512i lower =
+        _mm512_mask_blend_epi16(in_odd_quarter, lookup_64(entries[0], entries[1], index),
+                                lookup_64(entries[2], entries[3], index));
+    const __m512i upper =
+        _mm512_mask_blend_epi16(in_odd_quarter, lookup_64(entries[4], entries[5], index),
+                                lookup_64(entries[6], entries[7], index));
     _mm512_storeu_si512(out + i, _mm512_mask_blend_epi16(in_upper_half, lower, upper));
   }
-  return i;
-}
-#endif
-
-template <class T>
-void lookup_run(const uint8_t* __restrict in, T* __restrict out, int64_t count,
-                const T* __restrict table) {
-  int64_t i = 0;
-#if defined(__AVX512BW__)
-  if constexpr (sizeof(T) == 2) {
-    i = lookup_vectors(in, reinterpret_cast<uint16_t*>(out), count,
-                       reinterpret_cast<const uint16_t*>(table));
-  }
-#endif
   for (; i < count; ++i) out[i] = table[in[i]];
 }
+#else
+constexpr bool kHasLookup = false;
 
-// --- bring together: pixels of `step` bytes to one run per channel ---
+void lookup_run(const uint8_t*, uint16_t*, int64_t, const uint16_t*) {}
+#endif
+
+// A table costs 256 conversions; it pays when several times as many pixels use it.
+constexpr int64_t kTablePixels = 1024;
+
+// --- order: bytes into the order of the output ---
+
+constexpr int kMaxGroup = 4;  // channels that are brought apart together
 
 template <int channels, int step>
 void deinterleave(const uint8_t* __restrict in, uint8_t (&runs)[kMaxGroup][kBlockPixels],
                   int64_t count) {
-  uint8_t *__restrict run0 = runs[0], *__restrict run1 = runs[1], *__restrict run2 = runs[2],
-          *__restrict run3 = runs[3];
+  uint8_t* __restrict run0 = runs[0], * __restrict run1 = runs[1], * __restrict run2 = runs[2], * __restrict run3 = runs[3];
   for (int64_t i = 0; i < count; ++i) {
     run0[i] = in[step * i];
     run1[i] = in[step * i + 1];
@@ -107,120 +184,177 @@ void deinterleave(const uint8_t* __restrict in, uint8_t (&runs)[kMaxGroup][kBloc
   }
 }
 
-// --- put away: one run per channel to pixels of `channels` results ---
-
-template <int channels, class T>
-void interleave(const T (&runs)[kMaxGroup][kBlockPixels], T* __restrict out, int64_t count) {
-  const T *__restrict run0 = runs[0], *__restrict run1 = runs[1], *__restrict run2 = runs[2],
-          *__restrict run3 = runs[3];
+template <int channels>
+void interleave(const uint8_t* __restrict in, int64_t channel_stride, uint8_t* __restrict pixels,
+                int64_t count) {
+  const uint8_t *plane1 = in + channel_stride, *plane2 = plane1 + channel_stride,
+                *plane3 = plane2 + channel_stride;
   for (int64_t i = 0; i < count; ++i) {
-    out[channels * i] = run0[i];
-    out[channels * i + 1] = run1[i];
-    out[channels * i + 2] = run2[i];
-    if constexpr (channels == 4) out[channels * i + 3] = run3[i];
+    pixels[channels * i] = in[i];
+    pixels[channels * i + 1] = plane1[i];
+    pixels[channels * i + 2] = plane2[i];
+    if constexpr (channels == 4) pixels[channels * i + 3] = plane3[i];
   }
 }
 
+template <int channels, int step>
+void drop_last(const uint8_t* __restrict in, uint8_t* __restrict pixels, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    for (int c = 0; c < channels; ++c) pixels[channels * i + c] = in[step * i + c];
+  }
+}
+
+void gather(const uint8_t* __restrict in, int64_t in_step, uint8_t* __restrict out,
+            int64_t out_step, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) out[i * out_step] = in[i * in_step];
+}
+
+// --- one block ---
+
+// The results of a channel lie side by side.
 template <class T>
-void normalize_block(const NormalizeArgs& args, const T* table, const uint8_t* in, T* out,
-                     int64_t count) {
+void normalize_planar(const NormalizeArgs& args, const uint8_t* in, T* out, int64_t count,
+                      const uint16_t* table) {
   const int64_t channels = args.sizes[1];
   const int64_t in_channel = args.image_strides[1], in_pixel = args.image_strides[3];
-  const int64_t out_channel = args.output_strides[1], out_pixel = args.output_strides[3];
   const int group = channels == 3 || channels == 4 ? static_cast<int>(channels) : 1;
-
-  alignas(64) uint8_t in_runs[kMaxGroup][kBlockPixels];
-  alignas(64) T out_runs[kMaxGroup][kBlockPixels];
+  alignas(64) uint8_t runs[kMaxGroup][kBlockPixels];
 
   for (int64_t first = 0; first < channels; first += group) {
-    const uint8_t* source[kMaxGroup];
-    for (int k = 0; k < group; ++k) {
-      source[k] = in_pixel == 1 ? in + (first + k) * in_channel : in_runs[k];
-    }
+    const uint8_t* source[kMaxGroup] = {runs[0], runs[1], runs[2], runs[3]};
     if (in_pixel == 1) {
-      // already together
+      for (int k = 0; k < group; ++k) source[k] = in + (first + k) * in_channel;
     } else if (group == 3 && in_channel == 1 && in_pixel == 3) {
-      deinterleave<3, 3>(in, in_runs, count);
+      deinterleave<3, 3>(in, runs, count);
     } else if (group == 3 && in_channel == 1 && in_pixel == 4) {
-      deinterleave<3, 4>(in, in_runs, count);
+      deinterleave<3, 4>(in, runs, count);
     } else if (group == 4 && in_channel == 1 && in_pixel == 4) {
-      deinterleave<4, 4>(in, in_runs, count);
+      deinterleave<4, 4>(in, runs, count);
     } else {
       for (int k = 0; k < group; ++k) {
-        const uint8_t* pixels = in + (first + k) * in_channel;
-        for (int64_t i = 0; i < count; ++i) in_runs[k][i] = pixels[i * in_pixel];
+        gather(in + (first + k) * in_channel, in_pixel, runs[k], 1, count);
       }
     }
-
     for (int k = 0; k < group; ++k) {
       const int64_t c = first + k;
-      T* target = out_pixel == 1 ? out + c * out_channel : out_runs[k];
+      T* target = out + c * args.output_strides[1];
       if (table != nullptr) {
-        lookup_run(source[k], target, count, table + 256 * c);
+        lookup_run(source[k], reinterpret_cast<uint16_t*>(target), count, table + 256 * c);
       } else {
-        compute_run(args, source[k], target, count, c);
-      }
-    }
-
-    if (out_pixel == 1) {
-      // already in place
-    } else if (group == 3 && out_channel == 1 && out_pixel == 3) {
-      interleave<3>(out_runs, out, count);
-    } else if (group == 4 && out_channel == 1 && out_pixel == 4) {
-      interleave<4>(out_runs, out, count);
-    } else {
-      for (int k = 0; k < group; ++k) {
-        T* pixels = out + (first + k) * out_channel;
-        for (int64_t i = 0; i < count; ++i) pixels[i * out_pixel] = out_runs[k][i];
+        convert(args, source[k], target, count, args.channels[c]);
       }
     }
   }
 }
 
+// The results of a pixel lie side by side.
 template <class T>
-void normalize_blocks(const NormalizeArgs& args, const T* table, int64_t first, int64_t last) {
+void normalize_interleaved(const NormalizeArgs& args, const uint8_t* in, T* out, int64_t count,
+                           const Cycle& cycle) {
+  const int64_t channels = args.sizes[1];
+  const int64_t in_channel = args.image_strides[1], in_pixel = args.image_strides[3];
+  alignas(64) uint8_t pixels[Cycle::kMaxChannels * kBlockPixels];
+
+  const uint8_t* source = pixels;
+  if (in_channel == 1 && in_pixel == channels) {
+    source = in;
+  } else if (channels == 3 && in_pixel == 1) {
+    interleave<3>(in, in_channel, pixels, count);
+  } else if (channels == 4 && in_pixel == 1) {
+    interleave<4>(in, in_channel, pixels, count);
+  } else if (channels == 3 && in_channel == 1 && in_pixel == 4) {
+    drop_last<3, 4>(in, pixels, count);
+  } else {
+    for (int64_t c = 0; c < channels; ++c) {
+      gather(in + c * in_channel, in_pixel, pixels + c, channels, count);
+    }
+  }
+  convert(args, source, out, count * channels, cycle);
+}
+
+// Any strides, for channels beyond what a Cycle holds.
+template <class T>
+void normalize_strided(const NormalizeArgs& args, const uint8_t* in, T* out, int64_t count) {
+  alignas(64) uint8_t run[kBlockPixels];
+  alignas(64) T results[kBlockPixels];
+  for (int64_t c = 0; c < args.sizes[1]; ++c) {
+    gather(in + c * args.image_strides[1], args.image_strides[3], run, 1, count);
+    convert(args, run, results, count, args.channels[c]);
+    T* target = out + c * args.output_strides[1];
+    for (int64_t i = 0; i < count; ++i) target[i * args.output_strides[3]] = results[i];
+  }
+}
+
+void fill_cycle(const NormalizeArgs& args, Cycle& cycle) {
+  const int64_t channels = args.sizes[1];
+  cycle.period = channels * Cycle::kPixels;
+  for (int64_t c = 0; c < channels; ++c) {
+    const ChannelConstants channel = args.channels[c];
+    for (int64_t i = c; i < cycle.period; i += channels) {
+      cycle.mean[i] = channel.mean;
+      cycle.std[i] = channel.std;
+      cycle.center_high[i] = channel.center_high;
+      cycle.center_low[i] = channel.center_low;
+      cycle.inverse_width[i] = channel.inverse_width;
+    }
+  }
+}
+
+// What each of the 256 values becomes, per channel.
+template <class T>
+void fill_table(const NormalizeArgs& args, T* table) {
+  uint8_t values[256];
+  for (int x = 0; x < 256; ++x) values[x] = static_cast<uint8_t>(x);
+  for (int64_t c = 0; c < args.sizes[1]; ++c) {
+    convert(args, values, table + 256 * c, 256, args.channels[c]);
+  }
+}
+
+template <class T>
+void normalize_blocks(const NormalizeArgs& args, int64_t first, int64_t last) {
+  const int64_t channels = args.sizes[1], width = args.sizes[3];
+  const bool planar = args.output_strides[3] == 1 || width == 1;
+  const bool interleaved = !planar && channels <= Cycle::kMaxChannels &&
+                           args.output_strides[1] == 1 && args.output_strides[3] == channels;
+  const int64_t block_pixels = width < kBlockPixels ? width : kBlockPixels;
+  const bool use_table = kHasLookup && sizeof(T) == 2 && planar && channels <= kMaxGroup &&
+                         (last - first) * block_pixels >= kTablePixels;
+  Cycle cycle;
+  if (interleaved) fill_cycle(args, cycle);
+  alignas(64) T table[kMaxGroup * 256];
+  if (use_table) fill_table(args, table);
+
   const int64_t per_row = blocks_per_row(args);
   for (int64_t block = first; block < last; ++block) {
     const int64_t row = block / per_row;
     const int64_t n = row / args.sizes[2], h = row % args.sizes[2];
     const int64_t w = (block % per_row) * kBlockPixels;
-    const int64_t left = args.sizes[3] - w;
+    const int64_t count = width - w < kBlockPixels ? width - w : kBlockPixels;
     const uint8_t* in = args.images + n * args.image_strides[0] + h * args.image_strides[2] +
                         w * args.image_strides[3];
     T* out = static_cast<T*>(args.output) + n * args.output_strides[0] +
              h * args.output_strides[2] + w * args.output_strides[3];
-    normalize_block(args, table, in, out, left < kBlockPixels ? left : kBlockPixels);
+    if (planar) {
+      normalize_planar(args, in, out, count,
+                       use_table ? reinterpret_cast<const uint16_t*>(table) : nullptr);
+    } else if (interleaved) {
+      normalize_interleaved(args, in, out, count, cycle);
+    } else {
+      normalize_strided(args, in, out, count);
+    }
   }
-}
-
-template <class T>
-void fill_table_of(const NormalizeArgs& args, T* table) {
-  uint8_t values[256];
-  for (int x = 0; x < 256; ++x) values[x] = static_cast<uint8_t>(x);
-  for (int64_t c = 0; c < args.sizes[1]; ++c) compute_run(args, values, table + 256 * c, 256, c);
 }
 
 }  // namespace
 
-void fill_table(const NormalizeArgs& args, void* table) {
+void normalize_loop(const NormalizeArgs& args, int64_t first, int64_t last) {
   switch (args.dtype) {
     case FloatType::float32:
-      return fill_table_of(args, static_cast<float*>(table));
+      return normalize_blocks<float>(args, first, last);
     case FloatType::float16:
-      return fill_table_of(args, static_cast<Float16*>(table));
+      return normalize_blocks<Float16>(args, first, last);
     case FloatType::bfloat16:
-      return fill_table_of(args, static_cast<BFloat16*>(table));
-  }
-}
-
-void normalize_loop(const NormalizeArgs& args, const void* table, int64_t first, int64_t last) {
-  switch (args.dtype) {
-    case FloatType::float32:
-      return normalize_blocks(args, static_cast<const float*>(table), first, last);
-    case FloatType::float16:
-      return normalize_blocks(args, static_cast<const Float16*>(table), first, last);
-    case FloatType::bfloat16:
-      return normalize_blocks(args, static_cast<const BFloat16*>(table), first, last);
+      return normalize_blocks<BFloat16>(args, first, last);
   }
 }
 

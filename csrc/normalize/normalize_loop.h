@@ -13,25 +13,18 @@ static inline int64_t blocks_per_row(const NormalizeArgs& args) {
   return (args.sizes[3] + kBlockPixels - 1) / kBlockPixels;
 }
 
-// `fill_table` writes what each of the 256 values becomes, [C][256] elements of the output's type.
-// `normalize_loop` converts the blocks [first, last), counted along rows, then rows, then images;
-// `table` may be null: then each pixel is computed. The bits are the same, as the table is filled
-// by the same arithmetic.
+// Converts the blocks [first, last), counted along rows, then rows, then images.
 namespace portable {
-void fill_table(const NormalizeArgs& args, void* table);
-void normalize_loop(const NormalizeArgs& args, const void* table, int64_t first, int64_t last);
-}  // namespace portable
+void normalize_loop(const NormalizeArgs& args, int64_t first, int64_t last);
+}
 namespace avx2 {
-void fill_table(const NormalizeArgs& args, void* table);
-void normalize_loop(const NormalizeArgs& args, const void* table, int64_t first, int64_t last);
-}  // namespace avx2
+void normalize_loop(const NormalizeArgs& args, int64_t first, int64_t last);
+}
 namespace avx512 {
-void fill_table(const NormalizeArgs& args, void* table);
-void normalize_loop(const NormalizeArgs& args, const void* table, int64_t first, int64_t last);
-}  // namespace avx512
+void normalize_loop(const NormalizeArgs& args, int64_t first, int64_t last);
+}
 namespace neon {
-void fill_table(const NormalizeArgs& args, void* table);
-void normalize_loop(const NormalizeArgs& args, const void* table, int64_t first, int64_t last);
-}  // namespace neon
+void normalize_loop(const NormalizeArgs& args, int64_t first, int64_t last);
+}
 
 }  // namespace pixfuse

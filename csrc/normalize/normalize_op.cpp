@@ -12,15 +12,15 @@ void run(const NormalizeCall& call) {
 
 Tensor normalize(const Tensor& images, const std::vector<double>& mean,
                  const std::vector<double>& std, int64_t rounding, int64_t input_layout,
-                 ScalarType dtype, MemoryFormat memory_format) {
+                 int64_t dtype, int64_t memory_format) {
   NormalizeCall call(images, mean, std, rounding, input_layout);
   const auto strides =
       dense_strides(call.args.sizes, wants_channels_last(call.images, memory_format));
   for (int d = 0; d < 4; ++d) call.args.output_strides[d] = strides[d];
-  call.args.dtype = float_type_of(dtype, "dtype");
+  call.args.dtype = float_type_of(dtype);
   const int64_t skip = 4 - call.images.rank;
   Tensor out = empty_cpu_output(call.images.rank, call.args.sizes + skip, strides.data() + skip,
-                                dtype, element_bytes(call.args.dtype));
+                                shim_dtype(call.args.dtype), element_bytes(call.args.dtype));
   call.args.output = out.mutable_data_ptr();
   run(call);
   return out;
@@ -41,7 +41,7 @@ void normalize_out(const Tensor& images, const std::vector<double>& mean,
 STABLE_TORCH_LIBRARY_FRAGMENT(pixfuse, m) {
   m.def(
       "normalize(Tensor images, float[] mean, float[] std, int rounding, int input_layout, "
-      "ScalarType dtype, MemoryFormat memory_format) -> Tensor");
+      "int dtype, int memory_format) -> Tensor");
   m.def(
       "normalize_out(Tensor images, float[] mean, float[] std, int rounding, int input_layout, "
       "Tensor(a!) out) -> ()");

@@ -48,21 +48,20 @@ void run(const NormalizeCall& call, int32_t device) {
 
 Tensor normalize(const Tensor& images, const std::vector<double>& mean,
                  const std::vector<double>& std, int64_t rounding, int64_t input_layout,
-                 ScalarType dtype, MemoryFormat memory_format) {
+                 int64_t dtype, int64_t memory_format) {
   NormalizeCall call(images, mean, std, rounding, input_layout);
   const auto strides =
       dense_strides(call.args.sizes, wants_channels_last(call.images, memory_format));
   for (int d = 0; d < 4; ++d) call.args.output_strides[d] = strides[d];
-  call.args.dtype = float_type_of(dtype, "dtype");
+  call.args.dtype = float_type_of(dtype);
 
   const int32_t device = images.get_device_index();
   const DeviceGuard guard(device);
   const int64_t skip = 4 - call.images.rank;
   AtenTensorHandle handle = nullptr;
-  check(aoti_torch_empty_strided(
-            call.images.rank, call.args.sizes + skip, strides.data() + skip,
-            torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-            aoti_torch_device_type_cuda(), device, &handle) == AOTI_TORCH_SUCCESS,
+  check(aoti_torch_empty_strided(call.images.rank, call.args.sizes + skip, strides.data() + skip,
+                                 shim_dtype(call.args.dtype), aoti_torch_device_type_cuda(), device,
+                                 &handle) == AOTI_TORCH_SUCCESS,
         "normalize", "torch to allocate the output on CUDA device ", device);
   Tensor out(handle);
   call.args.output = out.mutable_data_ptr();

@@ -7,14 +7,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
 
+Key = TypeVar("Key")
+
 #: The numbers of enum Isa in csrc/common/isa.h.
 ISA_CODES: Final = {"portable": 0, "avx2": 1, "avx512": 2, "neon": 3}
-#: The numbers of enum InputLayout in csrc/normalize/normalize_args.h.
+#: The numbers of enum FloatType in csrc/common/float_type.h.
+DTYPE_CODES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+#: The numbers of enums InputLayout and MemoryFormat in csrc/normalize/normalize_args.h.
 LAYOUT_CODES: Final = {"NCHW": 0, "NHWC": 1}
+MEMORY_FORMAT_CODES: Final = {
+    torch.contiguous_format: 0,
+    torch.channels_last: 1,
+    torch.preserve_format: 2,
+}
 
 
 def _load_libraries() -> tuple[bool, str]:
@@ -61,6 +70,10 @@ def view_as_nchw(images: torch.Tensor, layout_code: int) -> torch.Tensor:
     return images.movedim(-1, -3) if layout_code == LAYOUT_CODES["NHWC"] else images
 
 
+def _key(codes: dict[Key, int], code: int) -> Key:
+    return next(key for key, number in codes.items() if number == code)
+
+
 @torch.library.register_fake("pixfuse::normalize")
 def _normalize_fake(
     images: torch.Tensor,
@@ -68,13 +81,13 @@ def _normalize_fake(
     std: list[float],
     rounding: int,
     input_layout: int,
-    dtype: torch.dtype,
-    memory_format: torch.memory_format,
+    dtype: int,
+    memory_format: int,
 ) -> torch.Tensor:
     nchw = view_as_nchw(images, input_layout)
-    channels_last = resolve_channels_last(nchw, memory_format)
+    channels_last = resolve_channels_last(nchw, _key(MEMORY_FORMAT_CODES, memory_format))
     return images.new_empty_strided(
-        nchw.shape, dense_strides(nchw.shape, channels_last), dtype=dtype
+        nchw.shape, dense_strides(nchw.shape, channels_last), dtype=_key(DTYPE_CODES, dtype)
     )
 
 
@@ -97,13 +110,12 @@ def available_isas() -> tuple[str, ...]:
 
 def active_isa() -> str:
     """The instruction set in use."""
-    code = torch.ops.pixfuse.active_isa()
-    return next(name for name, number in ISA_CODES.items() if number == code)
+    return _key(ISA_CODES, torch.ops.pixfuse.active_isa())
 
 
 @contextmanager
 def use_isa(name: str) -> Iterator[None]:
-    """Run the loops of one instruction set for a while, in all threads: for tests and benchmarks."""
+    """Run the loops of one instruction set in all threads: for tests and benchmarks."""
     before = torch.ops.pixfuse.active_isa()
     torch.ops.pixfuse.set_active_isa(ISA_CODES[name])
     try:

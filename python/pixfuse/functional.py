@@ -10,18 +10,17 @@ import torch
 from pixfuse._library import (
     CUDA_LOADED,
     CUDA_STATE,
+    DTYPE_CODES,
     LAYOUT_CODES,
+    MEMORY_FORMAT_CODES,
     dense_strides,
     resolve_channels_last,
     view_as_nchw,
 )
 from pixfuse.normalization import UNIT, Normalization
 
-#: The dtypes that can be written, with the largest finite value that each can hold.
-_LARGEST = {
-    dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.float16, torch.bfloat16)
-}
-_MEMORY_FORMATS = (torch.contiguous_format, torch.channels_last, torch.preserve_format)
+#: The largest finite value that each dtype can hold.
+_LARGEST = {dtype: torch.finfo(dtype).max for dtype in DTYPE_CODES}
 
 
 def normalize(
@@ -82,7 +81,8 @@ def normalize(
         )
     _check_images(images)
     _check_normalization(images, normalization, input_layout)
-    if dtype not in _LARGEST:
+    dtype_code = DTYPE_CODES.get(dtype)
+    if dtype_code is None:
         raise TypeError(
             f"normalize: expected dtype to be torch.float32, float16 or bfloat16, got {dtype}"
         )
@@ -91,7 +91,8 @@ def normalize(
             f"normalize: expected results that fit {dtype} (up to {_LARGEST[dtype]:.6g}), got "
             f"results up to {normalization.largest:.6g}; use torch.float32 or a larger std"
         )
-    if memory_format not in _MEMORY_FORMATS:
+    memory_format_code = MEMORY_FORMAT_CODES.get(memory_format)
+    if memory_format_code is None:
         raise ValueError(
             "normalize: expected memory_format to be torch.contiguous_format, channels_last or "
             f"preserve_format, got {memory_format}"
@@ -103,8 +104,8 @@ def normalize(
             normalization.std,
             normalization.rounding_code,
             layout_code,
-            dtype,
-            memory_format,
+            dtype_code,
+            memory_format_code,
         )
     _check_out(out, images, layout_code, dtype, memory_format)
     torch.ops.pixfuse.normalize_out.default(
@@ -115,6 +116,8 @@ def normalize(
         layout_code,
         out,
     )
+    if not torch.compiler.is_compiling() and not out.is_inference():
+        torch.autograd.graph.increment_version(out)  # as torch's own functions with out= do
     return out
 
 
@@ -170,12 +173,13 @@ def _check_images(images: torch.Tensor) -> None:
             "normalize: expected images to have 4 dimensions (a batch) or 3 (one image), got shape "
             f"{tuple(images.shape)}"
         )
-    device = images.device.type
-    if device != "cpu" and not (device == "cuda" and CUDA_LOADED):
+    if not (images.is_cpu or (CUDA_LOADED and images.is_cuda)):
+        device = images.device.type
         because = f" ({CUDA_STATE})" if device == "cuda" else ""
         raise NotImplementedError(
-            "normalize: expected images on a device that has a kernel (cpu"
-            f"{', cuda' if CUDA_LOADED else ''}), got {device}{because}; move them with images.cpu()"
+            "normalize: expected images on a device that has a kernel "
+            f"({'cpu, cuda' if CUDA_LOADED else 'cpu'}), got {device}{because}; move them with "
+            "images.cpu()"
         )
 
 
@@ -211,6 +215,10 @@ def _check_out(
 ) -> None:
     if not isinstance(out, torch.Tensor):
         raise TypeError(f"normalize: expected out to be a torch.Tensor, got {type(out).__name__}")
+    if out.layout is not torch.strided:
+        raise NotImplementedError(
+            f"normalize: expected out to be a dense tensor, got layout {out.layout}"
+        )
     if out.dtype is not dtype:
         raise TypeError(f"normalize: expected out of dtype {dtype}, got {out.dtype}; pass dtype=")
     if out.device != images.device:

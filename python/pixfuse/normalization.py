@@ -49,15 +49,15 @@ def _numbers(argument: str, value: object) -> tuple[float, ...]:
 class Normalization:
     """What a pixel becomes: ``(x / 255 - mean) / std`` per channel, rounded as a library does it.
 
-    ==================== ============================================================ ============
-    rounding             arithmetic in float32, each step rounded, of a byte ``x``     equal to
-    ==================== ============================================================ ============
-    ``"torchvision"``    ``((x * f32(1/255)) - f32(mean)) / f32(std)``                v2 transforms
-    ``"torchvision_v1"`` ``((x / 255) - f32(mean)) / f32(std)``                       v1 on CPU
-    ``"timm"``           ``(x - f32(255*mean)) / f32(255*std)``                       its loader
-    ``"transformers"``   ``(x - f32(mean)*255) / (f32(std)*255)``                     fast processors
-    ``"nearest"``        the real number ``(x/255 - mean) / std``, rounded once       float64
-    ==================== ============================================================ ============
+    ==================== ======================================================= ===============
+    rounding             arithmetic in float32, each step rounded, of a byte ``x``  equal to
+    ==================== ======================================================= ===============
+    ``"torchvision"``    ``((x * f32(1/255)) - f32(mean)) / f32(std)``           v2 transforms
+    ``"torchvision_v1"`` ``((x / 255) - f32(mean)) / f32(std)``                  v1 on CPU
+    ``"timm"``           ``(x - f32(255*mean)) / f32(255*std)``                  its loader
+    ``"transformers"``   ``(x - f32(mean)*255) / (f32(std)*255)``                fast processors
+    ``"nearest"``        the real number ``(x/255 - mean) / std``, rounded once  float64
+    ==================== ======================================================= ===============
 
     float16 and bfloat16 results are the float32 result rounded once, half to even.
 
@@ -115,9 +115,7 @@ class Normalization:
                 f"Normalization: expected rounding to be one of {', '.join(ROUNDING_CODES)}, "
                 f"got {rounding!r}"
             )
-        largest = max(
-            max(abs(0.0 - m), abs(1.0 - m)) / s for m, s in zip(means, stds, strict=True)
-        )
+        largest = max(max(abs(0.0 - m), abs(1.0 - m)) / s for m, s in zip(means, stds, strict=True))
         if math.isinf(float32(largest)):
             raise ValueError(
                 "Normalization: expected mean and std whose results fit float32, got results up to "
@@ -155,9 +153,7 @@ SIGNED: Final = Normalization(0.5, 0.5)
 #: ImageNet, as torchvision's models expect; the std is a mean over images of per-image stds.
 IMAGENET: Final = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 #: ImageNet as timm's DPN models expect.
-IMAGENET_DPN: Final = Normalization(
-    (124 / 255, 117 / 255, 104 / 255), (1 / (0.0167 * 255),) * 3
-)
+IMAGENET_DPN: Final = Normalization((124 / 255, 117 / 255, 104 / 255), (1 / (0.0167 * 255),) * 3)
 #: CIFAR-10 training split, std over all pixels (0.2023, 0.1994, 0.2010 is the per-image mean).
 CIFAR10: Final = Normalization((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 #: CIFAR-100 training split, std over all pixels.

@@ -71,6 +71,6 @@ def _float32_values(pixels: torch.Tensor, normalization: Normalization) -> torch
             center = [255 * Fraction(v) for v in mean]
             high = [float(v) for v in center]
             low = [float(v - Fraction(h)) for v, h in zip(center, high, strict=True)]
-            width = per_channel([255 * v for v in std], f64)
+            inverse_width = per_channel([1 / (255 * v) for v in std], f64)
             difference = (pixels.to(f64) - per_channel(high, f64)) - per_channel(low, f64)
-            return (difference / width).to(f32)
+            return (difference * inverse_width).to(f32)
