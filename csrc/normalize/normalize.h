@@ -35,6 +35,7 @@ struct ChannelConstants {
 };
 
 // One call. Sizes and strides are N, C, H, W; strides count elements (a byte each for images).
+// Images may have any strides of 0 or more; the output is dense, contiguous or channels-last.
 struct NormalizeArgs {
   const uint8_t* images;
   void* output;

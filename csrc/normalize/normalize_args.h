@@ -107,6 +107,15 @@ struct NormalizeCall {
     }
     set_channels(mean, std, static_cast<Rounding>(rounding));
   }
+
+  // The type and the strides of an output that the operator allocates.
+  std::array<int64_t, 4> choose_output(int64_t dtype, int64_t memory_format) {
+    args.dtype = float_type_of(dtype);
+    const auto strides = dense_strides(args.sizes, wants_channels_last(images, memory_format));
+    for (int d = 0; d < 4; ++d) args.output_strides[d] = strides[d];
+    return strides;
+  }
+
   NormalizeCall(const NormalizeCall&) = delete;
   NormalizeCall& operator=(const NormalizeCall&) = delete;
 

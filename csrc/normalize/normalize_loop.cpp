@@ -45,8 +45,8 @@ inline float normalize_value(uint8_t x, float scale, float mean, float std, doub
 
 // `count` bytes of one channel.
 template <Arithmetic arithmetic, class T>
-void convert_run(const uint8_t* __restrict in, T* __restrict out, int64_t count, float scale,
-                 const ChannelConstants& channel) {
+void compute_values(const uint8_t* __restrict in, T* __restrict out, int64_t count, float scale,
+                    const ChannelConstants& channel) {
   const ChannelConstants c = channel;  // a local: `out` cannot alias it
   for (int64_t i = 0; i < count; ++i) {
     out[i] = round_to<T>(normalize_value<arithmetic>(in[i], scale, c.mean, c.std, c.center_high,
@@ -56,8 +56,8 @@ void convert_run(const uint8_t* __restrict in, T* __restrict out, int64_t count,
 
 // `count` bytes of all channels in turn.
 template <Arithmetic arithmetic, class T>
-void convert_cycle(const uint8_t* __restrict in, T* __restrict out, int64_t count, float scale,
-                   const Cycle& __restrict cycle) {
+void compute_values(const uint8_t* __restrict in, T* __restrict out, int64_t count, float scale,
+                    const Cycle& __restrict cycle) {
   for (int64_t begin = 0; begin < count; begin += cycle.period) {
     const int64_t left = count - begin;
     const int64_t length = left < cycle.period ? left : cycle.period;
@@ -69,33 +69,20 @@ void convert_cycle(const uint8_t* __restrict in, T* __restrict out, int64_t coun
   }
 }
 
-template <class T>
-void compute(const NormalizeArgs& args, const uint8_t* in, T* out, int64_t count,
-             const ChannelConstants& channel) {
-  switch (args.arithmetic) {
-    case Arithmetic::multiply:
-      return convert_run<Arithmetic::multiply>(in, out, count, args.scale, channel);
-    case Arithmetic::divide:
-      return convert_run<Arithmetic::divide>(in, out, count, args.scale, channel);
-    case Arithmetic::nearest:
-      return convert_run<Arithmetic::nearest>(in, out, count, args.scale, channel);
-  }
-}
-
-template <class T>
-void compute(const NormalizeArgs& args, const uint8_t* in, T* out, int64_t count,
-             const Cycle& cycle) {
-  switch (args.arithmetic) {
-    case Arithmetic::multiply:
-      return convert_cycle<Arithmetic::multiply>(in, out, count, args.scale, cycle);
-    case Arithmetic::divide:
-      return convert_cycle<Arithmetic::divide>(in, out, count, args.scale, cycle);
-    case Arithmetic::nearest:
-      return convert_cycle<Arithmetic::nearest>(in, out, count, args.scale, cycle);
-  }
-}
-
 // `Constants` are those of one channel, or the Cycle of all.
+template <class T, class Constants>
+void compute(const NormalizeArgs& args, const uint8_t* in, T* out, int64_t count,
+             const Constants& constants) {
+  switch (args.arithmetic) {
+    case Arithmetic::multiply:
+      return compute_values<Arithmetic::multiply>(in, out, count, args.scale, constants);
+    case Arithmetic::divide:
+      return compute_values<Arithmetic::divide>(in, out, count, args.scale, constants);
+    case Arithmetic::nearest:
+      return compute_values<Arithmetic::nearest>(in, out, count, args.scale, constants);
+  }
+}
+
 template <class T, class Constants>
 void convert(const NormalizeArgs& args, const uint8_t* in, T* out, int64_t count,
              const Constants& constants) {
@@ -103,8 +90,8 @@ void convert(const NormalizeArgs& args, const uint8_t* in, T* out, int64_t count
 }
 
 #if defined(__F16C__)
-// gcc does not vectorize the rounding to float16 with the instruction that does it: three times
-// faster than the integer steps of round_to.
+// gcc does not vectorize the rounding to float16 with the instruction that does it, which takes a
+// fraction of the time of the integer steps of round_to.
 void round_run(const float* in, Float16* out, int64_t count) {
   int64_t i = 0;
   for (; i + 8 <= count; i += 8) {
@@ -132,7 +119,7 @@ void convert(const NormalizeArgs& args, const uint8_t* in, Float16* out, int64_t
 
 #if defined(__AVX512BW__)
 // A table of 16-bit results fits in eight registers of 32 entries; two-register permutes look up 64
-// of them at a time. That takes half the time of computing and rounding them.
+// of them at a time, in less time than it takes to compute and round as many.
 inline __m512i lookup_64(__m512i low, __m512i high, __m512i index) {
   return _mm512_permutex2var_epi16(low, index, high);  // uses the low 6 bits of each index
 }

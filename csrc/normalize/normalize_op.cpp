@@ -14,10 +14,7 @@ Tensor normalize(const Tensor& images, const std::vector<double>& mean,
                  const std::vector<double>& std, int64_t rounding, int64_t input_layout,
                  int64_t dtype, int64_t memory_format) {
   NormalizeCall call(images, mean, std, rounding, input_layout);
-  const auto strides =
-      dense_strides(call.args.sizes, wants_channels_last(call.images, memory_format));
-  for (int d = 0; d < 4; ++d) call.args.output_strides[d] = strides[d];
-  call.args.dtype = float_type_of(dtype);
+  const auto strides = call.choose_output(dtype, memory_format);
   const int64_t skip = 4 - call.images.rank;
   Tensor out = empty_cpu_output(call.images.rank, call.args.sizes + skip, strides.data() + skip,
                                 shim_dtype(call.args.dtype), element_bytes(call.args.dtype));

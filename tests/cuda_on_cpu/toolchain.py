@@ -1,0 +1,214 @@
+"""Compiles CUDA kernels, the emulator and their tests with the host compiler."""
+
+import hashlib
+import importlib.metadata
+import os
+import re
+import subprocess
+import time
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+CSRC = ROOT / "csrc"
+
+EMULATOR = ("fiber.cpp", "emulator.cpp", "static_shared_memory.cpp")
+JOBS = 2  # a sanitized kernel takes half a gigabyte to compile
+KEEP_SECONDS = 7 * 24 * 3600
+
+
+@dataclass(frozen=True)
+class Flavor:
+    """What one kind of check needs of the compiler."""
+
+    name: str
+    flags: tuple[str, ...]
+    kernel_flags: tuple[str, ...] = ()
+    link_flags: tuple[str, ...] = ()
+    runtime: tuple[str, ...] = ()
+
+
+VALUES = Flavor("values", ("-O2",))
+UCONTEXT = Flavor("ucontext", ("-O1", "-DCUDA_ON_CPU_UCONTEXT"))
+LIBRARY = Flavor("library", ("-O2", "-fPIC"), link_flags=("-shared",))
+# In these two the kernels alone are checked: it is they that are on trial, and the rest is fast.
+SANITIZED = Flavor(
+    "sanitized",
+    ("-O2", "-DCUDA_ON_CPU_ADDRESS_SANITIZER"),
+    kernel_flags=("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+    link_flags=("-fsanitize=address,undefined",),
+)
+# The race checker stands in for libtsan, so the linker is not told of it. Addresses that do not
+# move are the ones that addr2line knows.
+RACE = Flavor(
+    "race",
+    ("-O2", "-g1", "-fno-pie"),
+    kernel_flags=("-O1", "-fsanitize=thread"),
+    link_flags=("-no-pie",),
+    runtime=("race_checker.cpp",),
+)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A `.cu` file, or what becomes of it when some of its text is replaced."""
+
+    path: Path
+    replacements: tuple[tuple[str, str], ...] = ()
+
+    def text(self) -> str:
+        """The source; a text to replace that is not there exactly once is an error."""
+        source = self.path.read_text()
+        for old, new in self.replacements:
+            # The formatter may break lines elsewhere tomorrow.
+            pattern = r"\s+".join(re.escape(word) for word in old.split())
+            found = re.findall(pattern, source)
+            if len(found) != 1:
+                raise ValueError(
+                    f"{self.path.name}: found {len(found)} times instead of once: {old}"
+                )
+            source = source.replace(found[0], new)
+        # Messages name lines of the original file.
+        return f'#line 1 "{self.path}"\n{source}'
+
+
+@dataclass(frozen=True)
+class Program:
+    """A test program, or a library for ctypes: one `.cu` file and C++ files of this folder."""
+
+    kernel: Kernel
+    sources: tuple[str, ...]
+    flavor: Flavor
+
+    def __str__(self) -> str:
+        return f"{self.kernel.path.stem}-{self.flavor.name}"
+
+
+def cuda_include() -> Path:
+    """The folder of CUDA's host headers, as the pinned packages install them."""
+    needed = {
+        "nvidia-cuda-runtime": "cuda_fp16.h",
+        "nvidia-cuda-crt": "crt/host_defines.h",
+        "nvidia-cuda-cccl": "nv/target",
+    }
+    try:
+        files = importlib.metadata.files("nvidia-cuda-runtime") or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    folders = [Path(str(file.locate())).parent for file in files if file.name == "cuda_fp16.h"]
+    for package, header in needed.items():
+        if not folders or not (folders[0] / header).exists():
+            raise RuntimeError(
+                f"CUDA kernels run on the CPU in the tests, which needs CUDA's {header}: install "
+                f"{package} as in requirements/test.txt (`make test` does)"
+            )
+    return folders[0]
+
+
+class Toolchain:
+    """Builds programs in the background; what did not change since the last time is kept."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._executor = ThreadPoolExecutor(JOBS)
+        self._objects: dict[str, Future[Path]] = {}
+        self._compiler = os.environ.get("CXX", "g++")
+        self._flags = (
+            "-std=c++20",
+            "-ffp-contract=off",
+            # gcc 12 gives a `noinit` variable of a template another section type than it says.
+            "-Wa,--no-warn",
+            f"-I{CSRC}",
+            f"-I{HERE}",
+            "-isystem",
+            str(cuda_include()),
+        )
+        version = subprocess.run(
+            [self._compiler, "--version"], check=True, capture_output=True, text=True
+        ).stdout
+        self._state = self._hash(
+            version,
+            importlib.metadata.version("nvidia-cuda-runtime"),
+            *(path.read_text() for path in sorted([*CSRC.rglob("*.h"), *HERE.glob("*.h")])),
+        )
+        self._forget_unused()
+
+    def start(self, programs: Iterable[Program]) -> None:
+        """Begins to compile, in this order."""
+        for program in programs:
+            self._start_objects(program)
+
+    def build(self, program: Program) -> Path:
+        """The finished program or library."""
+        objects = [future.result() for future in self._start_objects(program)]
+        script = HERE / "shared_memory.ld"
+        command = [
+            self._compiler,
+            *program.flavor.link_flags,
+            *map(str, objects),
+            "-T",
+            str(script),
+        ]
+        key = self._hash(*command, script.read_text())
+        return self._make(f"{program}-{key[:16]}", command)
+
+    def close(self) -> None:
+        """Drops what has not been started."""
+        self._executor.shutdown(cancel_futures=True)
+
+    def _start_objects(self, program: Program) -> list[Future[Path]]:
+        flavor = program.flavor
+        kernel_flags = flavor.flags + flavor.kernel_flags
+        sources = (*program.sources, *EMULATOR, *flavor.runtime)
+        return [
+            self._start(str(program.kernel), kernel_flags, program.kernel),
+            *(self._start(name, flavor.flags, HERE / name) for name in sources),
+        ]
+
+    def _start(self, name: str, flags: tuple[str, ...], source: Path | Kernel) -> Future[Path]:
+        key = self._hash(name, *flags)
+        if key not in self._objects:
+            self._objects[key] = self._executor.submit(self._compile, flags, source)
+        return self._objects[key]
+
+    def _compile(self, flags: tuple[str, ...], source: Path | Kernel) -> Path:
+        path = source.path if isinstance(source, Kernel) else source
+        text = source.text() if isinstance(source, Kernel) else source.read_text()
+        command = [self._compiler, *self._flags, *flags, "-x", "c++", "-c"]
+        key = self._hash(self._state, text, *command)
+        # From standard input: a changed kernel is in no file.
+        command += ["-"] if isinstance(source, Kernel) else [str(path)]
+        return self._make(f"{path.stem}-{key[:16]}.o", command, text)
+
+    def _make(self, name: str, command: list[str], text: str = "") -> Path:
+        result = self._folder / name
+        if not result.exists():
+            unfinished = result.with_name(f"{name}.{os.getpid()}")
+            run = subprocess.run(
+                [*command, "-o", str(unfinished)],
+                input=text,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            if run.returncode != 0:
+                raise RuntimeError(f"{' '.join(run.args)}\n{run.stderr}")
+            unfinished.replace(result)
+        os.utime(result)
+        return result
+
+    def _forget_unused(self) -> None:
+        for path in self._folder.iterdir():
+            if time.time() - path.stat().st_mtime > KEEP_SECONDS:
+                path.unlink(missing_ok=True)
+
+    @staticmethod
+    def _hash(*texts: str) -> str:
+        digest = hashlib.sha256()
+        for text in texts:
+            digest.update(text.encode() + b"\0")
+        return digest.hexdigest()

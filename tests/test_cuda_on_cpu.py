@@ -1,0 +1,531 @@
+"""The CUDA kernels, compiled with the host compiler and run on the CPU: `cuda_on_cpu/README.md`.
+
+Values, sanitizers in three orders of the threads, a race checker; and for each of these, mistakes
+planted in the kernels that it must find.
+"""
+
+import ctypes
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+import pixfuse
+from pixfuse.normalization import ROUNDING_CODES, Rounding
+from tests.bits import assert_same_bits
+from tests.cuda_on_cpu import toolchain
+from tests.cuda_on_cpu.toolchain import (
+    CSRC,
+    HERE,
+    LIBRARY,
+    RACE,
+    ROOT,
+    SANITIZED,
+    UCONTEXT,
+    VALUES,
+    Flavor,
+    Kernel,
+    Program,
+    Toolchain,
+)
+from tests.images import LAYOUTS, all_values
+from tests.normalizations import DTYPES, EXTREMES, PRESETS, ROUNDINGS, made_up, with_rounding
+
+ORDERS = ("forward", "reverse", "random")
+WRONG_VALUE = "wrong value"
+
+SAMPLES = Kernel(HERE / "sample_kernels.cu")
+NORMALIZE = Kernel(CSRC / "normalize" / "normalize_cuda.cu")
+
+
+def samples(flavor: Flavor) -> Program:
+    return Program(SAMPLES, ("test_samples.cpp",), flavor)
+
+
+def normalize(flavor: Flavor) -> Program:
+    return Program(NORMALIZE, ("test_normalize.cpp",), flavor)
+
+
+def normalize_library(kernel: Kernel = NORMALIZE) -> Program:
+    return Program(kernel, ("normalize_library.cpp",), LIBRARY)
+
+
+@dataclass(frozen=True)
+class Planted:
+    """A mistake in the product's kernel, and the check that must find it."""
+
+    name: str
+    old: str  # stands in the source exactly once; line breaks do not matter
+    new: str
+    flavor: Flavor
+    run: str  # what the test program is asked to do
+    found_as: str  # what it says then
+
+    @property
+    def program(self) -> Program:
+        kernel = Kernel(NORMALIZE.path, ((self.old, self.new),))
+        return Program(kernel, ("test_normalize.cpp",), self.flavor)
+
+
+def programs_needed(items: list[pytest.Item]) -> Iterator[Program]:
+    """What the tests of this run will ask for, in their order."""
+    for item in items:
+        if not isinstance(item, pytest.Function) or item.path != Path(__file__):
+            continue
+        if "normalize_on_cpu" in item.fixturenames:
+            yield normalize_library()
+        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        for value in parameters:
+            if isinstance(value, Planted):
+                yield value.program
+            elif isinstance(value, Program):
+                yield value
+
+
+@pytest.fixture(scope="session")
+def builds(request: pytest.FixtureRequest) -> Iterator[Toolchain]:
+    """Compiles in the background, while the first tests run."""
+    builds = Toolchain(ROOT / "build" / "cuda_on_cpu")
+    builds.start(programs_needed(request.session.items))
+    yield builds
+    builds.close()
+
+
+def run(
+    program: Path, *arguments: str, order: str = "forward", seed: int = 1
+) -> subprocess.CompletedProcess[str]:
+    environment = {
+        **os.environ,
+        "CUDA_ON_CPU_ORDER": order,
+        "CUDA_ON_CPU_SEED": str(seed),
+        # Leaks are not looked for: that needs a right (ptrace) which containers often withhold.
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+    return subprocess.run(
+        [program, *arguments], env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def assert_passes(result: subprocess.CompletedProcess[str]) -> None:
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def assert_finds(result: subprocess.CompletedProcess[str], message: str) -> None:
+    said = result.stdout + result.stderr
+    assert result.returncode != 0, f"the mistake was not found: {said}"
+    assert re.search(message, said), said
+
+
+# --- The emulator itself, with kernels of its own ---
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    "program", [samples(flavor) for flavor in (VALUES, UCONTEXT, SANITIZED, RACE)], ids=str
+)
+def test_samples(builds: Toolchain, program: Program, order: str) -> None:
+    assert_passes(run(builds.build(program), order=order))
+
+
+UNREACHED = "__syncthreads is not reached by all threads at one line"
+
+
+SAMPLE_BUGS = (
+    ("over_read", samples(SANITIZED), "heap-buffer-overflow"),
+    ("misaligned_access", samples(SANITIZED), "misaligned address"),
+    ("missing_barrier", samples(VALUES), WRONG_VALUE),
+    ("missing_barrier", samples(RACE), "uninitialized shared memory"),
+    ("missing_barrier_in_loop", samples(VALUES), WRONG_VALUE),
+    ("missing_barrier_in_loop", samples(RACE), "race on shared memory"),
+    ("divergent_barrier", samples(VALUES), UNREACHED),
+    ("early_return", samples(VALUES), f"{UNREACHED}(?s:.*)32 threads have returned"),
+    ("static_shared_overrun", samples(SANITIZED), "out of bounds"),
+    ("static_shared_overrun_by_pointer", samples(SANITIZED), "global-buffer-overflow"),
+    ("dynamic_shared_overrun", samples(SANITIZED), "heap-buffer-overflow"),
+    ("uninitialized_shared", samples(VALUES), WRONG_VALUE),
+    ("uninitialized_shared", samples(RACE), "uninitialized shared memory"),
+    ("missing_warp_barrier", samples(RACE), "uninitialized shared memory"),
+    ("shuffle_as_warp_barrier", samples(RACE), "race on shared memory"),
+    ("shuffle_outside_mask", samples(VALUES), "shuffle reads a lane that does not take part"),
+    ("divergent_shuffle", samples(VALUES), "lanes of one mask meet at different"),
+    ("plain_increment", samples(RACE), "race on shared memory"),
+    ("overlapping_blocks", samples(RACE), "race on global memory"),
+)
+
+
+@pytest.mark.parametrize(
+    ("bug", "program", "found_as"),
+    SAMPLE_BUGS,
+    ids=[f"{bug}-{program.flavor.name}" for bug, program, _ in SAMPLE_BUGS],
+)
+def test_bug_in_a_sample_is_found(
+    builds: Toolchain, bug: str, program: Program, found_as: str
+) -> None:
+    assert_finds(run(builds.build(program), bug), found_as)
+
+
+def test_orders_of_the_threads(builds: Toolchain) -> None:
+    program = builds.build(samples(VALUES))
+
+    def order(name: str, seed: int = 1) -> list[int]:
+        return [int(rank) for rank in run(program, "order", order=name, seed=seed).stdout.split()]
+
+    assert order("forward") == list(range(64))
+    assert order("reverse") == list(reversed(range(64)))
+    assert sorted(order("random")) == list(range(64))
+    assert len({tuple(order("random", seed)) for seed in range(5)}) == 5
+    assert_finds(run(program, "order", order="sideways"), "is forward, reverse or random")
+
+
+def test_race_reports_name_both_lines(builds: Toolchain) -> None:
+    said = run(builds.build(samples(RACE)), "missing_barrier_in_loop").stderr
+    lines = re.findall(r"(read|write) by block 0, thread \d+, at sample_kernels\.cu:(\d+)", said)
+    source = SAMPLES.path.read_text().splitlines()
+    statements = {kind: source[int(line) - 1] for kind, line in lines}
+    assert "= input[start + i]" in statements["write"]
+    assert "= row[i]" in statements["read"]
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_samples_are_cuda(tmp_path: Path) -> None:
+    # What the emulator accepts in them, the real compiler must accept too.
+    command = ["nvcc", "-std=c++20", "-arch=sm_75", f"-I{CSRC}", "-c", str(SAMPLES.path)]
+    subprocess.run([*command, "-o", str(tmp_path / "samples.o")], check=True)
+
+
+def test_missing_headers_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(_package: str) -> None:
+        return None
+
+    monkeypatch.setattr(importlib.metadata, "files", none)
+    with pytest.raises(RuntimeError, match=r"install nvidia-cuda-runtime as in requirements/test"):
+        toolchain.cuda_include()
+
+
+def test_text_to_replace_must_be_there_once() -> None:
+    assert "int other(" in Kernel(SAMPLES.path, (("int sum_rows(", "int other("),)).text()
+    for old in ("no such text", "__syncthreads();"):
+        found = SAMPLES.path.read_text().count(old)
+        assert found != 1
+        with pytest.raises(ValueError, match=f"found {found} times instead of once: "):
+            Kernel(SAMPLES.path, ((old, ""),)).text()
+
+
+# --- normalize ---
+
+
+@pytest.mark.parametrize("what", ["values", "shapes", "far"])
+@pytest.mark.parametrize("program", [normalize(VALUES)], ids=str)
+def test_normalize(builds: Toolchain, program: Program, what: str) -> None:
+    assert_passes(run(builds.build(program), what))
+
+
+@pytest.mark.parametrize("what", ["values", "shapes", "far"])
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("program", [normalize(SANITIZED)], ids=str)
+def test_normalize_sanitized(builds: Toolchain, program: Program, order: str, what: str) -> None:
+    assert_passes(run(builds.build(program), what, order=order))
+
+
+@pytest.mark.parametrize("what", ["values", "few"])
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("program", [normalize(RACE)], ids=str)
+def test_normalize_has_no_races(builds: Toolchain, program: Program, order: str, what: str) -> None:
+    result = run(builds.build(program), what, order=order)
+    assert_passes(result)
+    checked = re.search(r"race checker: (\d+) bytes checked", result.stderr)
+    assert checked
+    assert int(checked[1]) > 1_000_000
+
+
+@pytest.mark.skipif(
+    os.environ.get("PIXFUSE_TEST_LARGE") != "1", reason="takes a minute: set PIXFUSE_TEST_LARGE=1"
+)
+@pytest.mark.parametrize("program", [normalize(VALUES)], ids=str)
+def test_normalize_more_than_2_to_the_31_elements(builds: Toolchain, program: Program) -> None:
+    assert_passes(run(builds.build(program), "large"))
+
+
+# Each line of the kernel that keeps it inside its memory, ordered or exact, left out once.
+PLANTED = (
+    Planted(
+        "load_past_the_end",
+        "if (first >= 0 && first + kChunkBytes <= run_bytes) {",
+        "if (first >= 0 && first < run_bytes) {",
+        SANITIZED,
+        "shapes",
+        "heap-buffer-overflow",
+    ),
+    Planted(
+        "load_before_the_start",
+        "if (first >= 0 && first + kChunkBytes <= run_bytes) {",
+        "if (first + kChunkBytes <= run_bytes) {",
+        SANITIZED,
+        "shapes",
+        "heap-buffer-overflow|use-after-poison",
+    ),
+    Planted(
+        "misaligned_load",
+        "const int first = walk.chunk * kChunkBytes - offset_in_chunk(source);",
+        "const int first = walk.chunk * kChunkBytes;",
+        SANITIZED,
+        "shapes",
+        "misaligned address",
+    ),
+    Planted(
+        "misaligned_store",
+        "- offset_in_chunk(target) / static_cast<int>(sizeof(T));",
+        ";",
+        SANITIZED,
+        "shapes",
+        "misaligned address",
+    ),
+    Planted(
+        "store_past_the_end",
+        "if (gaps || first < 0 || first + kVector > run_elements) {",
+        "if (gaps || first < 0) {",
+        VALUES,
+        "shapes",
+        "which lies between, was written",
+    ),
+    Planted(
+        "too_little_shared_memory",
+        "return run_count * tile.run_pitch;",
+        "return run_count * tile.run_pitch - 16;",
+        SANITIZED,
+        "shapes",
+        "heap-buffer-overflow|store to null pointer",
+    ),
+    Planted(
+        "too_much_shared_memory",
+        "constexpr int kTileBytes = 4096;",
+        "constexpr int kTileBytes = 65536;",
+        VALUES,
+        "shapes",
+        "CUDA error 1",
+    ),
+    Planted(
+        "no_barrier_before_staging",
+        "__syncthreads(); // Stage the bytes.",
+        "",
+        RACE,
+        "few",
+        "race on shared memory|uninitialized shared memory",
+    ),
+    Planted(
+        "no_barrier_after_staging",
+        "__syncthreads(); // Convert, in the order of the output.",
+        "",
+        RACE,
+        "few",
+        "race on shared memory|uninitialized shared memory",
+    ),
+    Planted(
+        "barrier_in_a_branch",
+        "__syncthreads(); // Stage the bytes.",
+        "if (described < rows * channels) __syncthreads();",
+        VALUES,
+        "values",
+        UNREACHED,
+    ),
+    Planted(
+        "uninitialized_constant",
+        "if (threadIdx.x < channels) steps[threadIdx.x]",
+        "if (threadIdx.x + 1 < channels) steps[threadIdx.x]",
+        VALUES,
+        "values",
+        WRONG_VALUE,
+    ),
+    Planted(
+        "blocks_that_overlap",
+        "const int pixels = smaller(tile.tile_pixels, tile.width - pixel0);",
+        "const int pixels = smaller(tile.tile_pixels + 1, tile.width - pixel0);",
+        RACE,
+        "few",
+        "race on global memory",
+    ),
+    Planted(
+        "offset_of_32_bits",
+        "tile.images + n * tile.image_strides[0] +",
+        "tile.images + static_cast<int>(n * tile.image_strides[0]) +",
+        VALUES,
+        "far",
+        WRONG_VALUE,
+    ),
+    Planted(
+        "output_offset_of_32_bits",
+        "channel * tile.output_strides[1] +",
+        "static_cast<int>(channel * tile.output_strides[1]) +",
+        VALUES,
+        "far",
+        WRONG_VALUE,
+    ),
+    Planted(
+        "reciprocal",
+        "__fdiv_rn(static_cast<float>(x), 255.0f)",
+        "__fmul_rn(static_cast<float>(x), 1.0f / 255.0f)",
+        VALUES,
+        "values",
+        WRONG_VALUE,
+    ),
+    Planted(
+        "contraction",
+        "__fsub_rn(scaled, mean)",
+        "__fmaf_rn(static_cast<float>(x), tile.scale, -mean)",
+        VALUES,
+        "values",
+        WRONG_VALUE,
+    ),
+    Planted(
+        "cancellation",
+        "center_low = channel.center_low;",
+        "center_low = 0.0;",
+        VALUES,
+        "values",
+        WRONG_VALUE,
+    ),
+    Planted(
+        "float_instead_of_double",
+        "__double2float_rn(__dmul_rn(centered, inverse_width))",
+        "__fmul_rn(static_cast<float>(centered), static_cast<float>(inverse_width))",
+        VALUES,
+        "values",
+        WRONG_VALUE,
+    ),
+    Planted(
+        "half_towards_zero",
+        "result = __float2half_rn(value);",
+        "result = __float2half_rz(value);",
+        VALUES,
+        "values",
+        WRONG_VALUE,
+    ),
+    Planted(
+        "bfloat16_truncated",
+        "result = __float2bfloat16_rn(value);",
+        "result = __float2bfloat16_rz(value);",
+        VALUES,
+        "values",
+        WRONG_VALUE,
+    ),
+)
+
+
+@pytest.mark.parametrize("planted", PLANTED, ids=lambda planted: planted.name)
+def test_bug_in_normalize_is_found(builds: Toolchain, planted: Planted) -> None:
+    assert_finds(run(builds.build(planted.program), planted.run), planted.found_as)
+
+
+# --- normalize, called from Python ---
+
+Normalize = Callable[[torch.Tensor, pixfuse.Normalization, torch.dtype, bool], torch.Tensor]
+
+
+def load(library: Path) -> Normalize:
+    function = ctypes.CDLL(str(library)).normalize_cuda_on_cpu
+
+    def per_channel(values: tuple[float, ...], channels: int) -> ctypes.Array[ctypes.c_double]:
+        repeated = values * channels if len(values) == 1 else values
+        return (ctypes.c_double * channels)(*repeated)
+
+    def call(
+        images: torch.Tensor,
+        normalization: pixfuse.Normalization,
+        dtype: torch.dtype,
+        channels_last: bool,
+    ) -> torch.Tensor:
+        n, c, h, w = images.shape
+        strides = (c * h * w, 1, w * c, c) if channels_last else (c * h * w, h * w, w, 1)
+        out = torch.full((n * c * h * w,), torch.nan, dtype=dtype).as_strided(images.shape, strides)
+        four = ctypes.c_int64 * 4
+        error = function(
+            ctypes.c_void_p(images.data_ptr()),
+            ctypes.c_void_p(out.data_ptr()),
+            four(*images.shape),
+            four(*images.stride()),
+            four(*strides),
+            ctypes.c_int32(DTYPES.index(dtype)),
+            per_channel(normalization.mean, c),
+            per_channel(normalization.std, c),
+            ctypes.c_int32(ROUNDING_CODES[normalization.rounding]),
+        )
+        assert error == 0, f"CUDA error {error}"
+        return out
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def normalize_on_cpu(builds: Toolchain) -> Normalize:
+    return load(builds.build(normalize_library()))
+
+
+def assert_equals_reference(
+    normalize: Normalize,
+    images: torch.Tensor,
+    normalization: pixfuse.Normalization,
+    dtype: torch.dtype,
+) -> None:
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        expected = pixfuse.reference.normalize(
+            images, normalization, dtype=dtype, memory_format=memory_format
+        )
+        channels_last = memory_format == torch.channels_last
+        assert_same_bits(normalize(images, normalization, dtype, channels_last), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_every_value_equals_reference(
+    normalize_on_cpu: Normalize, rounding: Rounding, dtype: torch.dtype
+) -> None:
+    normalizations = [
+        *PRESETS.values(),
+        *(pixfuse.Normalization(mean, std) for mean, std in EXTREMES),
+    ]
+    for channels in (*range(1, 9), 13):
+        planar = all_values(channels)
+        interleaved = planar.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+        for normalization in (made_up(channels, rounding), *normalizations):
+            if len(normalization.mean) not in (1, channels):
+                continue
+            same = with_rounding(normalization, rounding)
+            for images in (planar, interleaved):
+                assert_equals_reference(normalize_on_cpu, images, same, dtype)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_equals_reference(normalize_on_cpu: Normalize, layout: str) -> None:
+    for channels in (1, 2, 3, 4, 13):
+        for height, width in ((1, 1), (1, 40), (5, 33), (16, 16), (3, 1500)):
+            images = LAYOUTS[layout](2, channels, height, width)
+            normalization = made_up(channels, "torchvision")
+            assert_equals_reference(normalize_on_cpu, images, normalization, torch.float32)
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        normalize_library(
+            Kernel(
+                NORMALIZE.path,
+                (("result = __float2half_rn(value)", "result = __float2half_rz(value)"),),
+            )
+        )
+    ],
+    ids=["round_towards_zero"],
+)
+def test_comparison_with_reference_can_fail(builds: Toolchain, program: Program) -> None:
+    wrong = load(builds.build(program))
+    normalization = made_up(3, "torchvision")
+    assert_equals_reference(wrong, all_values(3), normalization, torch.float32)
+    with pytest.raises(AssertionError, match="elements differ"):
+        assert_equals_reference(wrong, all_values(3), normalization, torch.float16)
