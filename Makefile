@@ -63,7 +63,7 @@ cuda: $(STAMPS)/build  ## Compile the CUDA library for all architectures (needs 
 	  -DCMAKE_CUDA_COMPILER="$$(command -v $(NVCC))" \
 	  -DPython_EXECUTABLE="$(abspath $(BIN)/python)" \
 	  -DCMAKE_MAKE_PROGRAM="$(abspath $(BIN)/ninja)"
-	$(BIN)/cmake --build build/cuda
+	$(BIN)/cmake --build build/cuda --target pixfuse_cuda
 
 .PHONY: clean
 clean:  ## Remove everything that was built, .venv too

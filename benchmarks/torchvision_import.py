@@ -7,6 +7,7 @@ registers shape functions. Declaring those two is enough: no transform calls the
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import warnings
@@ -49,8 +50,6 @@ def _operators_load() -> bool:
         )
     for folder in spec.submodule_search_locations:
         for library in Path(folder).glob("_C*.so"):
-            try:
+            with contextlib.suppress(OSError):  # built for another torch
                 torch.ops.load_library(str(library))
-            except OSError:  # built for another torch
-                continue
     return hasattr(torch.ops.torchvision, "nms")

@@ -33,7 +33,7 @@ WIDTHS = (
     255,
     257,
 )
-LONG_WIDTHS = (511, 513, 1023, 1024, 1025, 2047, 2049)
+LONG_WIDTHS = (511, 513, 1023, 1024, 1025, 2047, 2048, 2049, 4096)
 
 
 def random_bytes(*shape: int) -> torch.Tensor:

@@ -1,0 +1,360 @@
+// The loops of `normalize` without torch and Python, on memory of exactly the size that they may
+// touch, against the formulas written down once more, one pixel at a time.
+//
+// With the address sanitizer the memory comes from the heap; without it, from pages next to one
+// that may not be touched. Arguments:
+//   threads             the parts of each call run at the same time
+//   planted=NAME        a fault that must be noticed: see `Planted`
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "common/isa.h"
+#include "normalize/normalize.h"
+#include "normalize/normalize_constants.h"
+
+using namespace pixfuse;
+
+namespace {
+
+enum class Planted {
+  none,
+  short_input,   // the images end one byte early
+  short_output,  // the output ends one byte early
+  early_input,   // the images begin one byte late
+  misaligned,    // the output lies between two elements
+  wrong_value,   // one expected value is its neighbour
+  race,          // two threads do the same work
+};
+constexpr const char* kPlantedNames[] = {"none",       "short_input", "short_output", "early_input",
+                                         "misaligned", "wrong_value", "race"};
+Planted planted = Planted::none;
+bool use_threads = false;
+
+// --- memory that ends, or begins, where nothing may be touched ---
+
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+class Memory {
+ public:
+  Memory(int64_t bytes, bool) : base_(static_cast<uint8_t*>(std::malloc(bytes))) {}
+  ~Memory() { std::free(base_); }
+  uint8_t* data() const { return base_; }
+
+ private:
+  uint8_t* base_;
+};
+#else
+class Memory {
+ public:
+  // The last byte stands before a forbidden page, or the first byte after one.
+  Memory(int64_t bytes, bool at_end) {
+    const int64_t page = sysconf(_SC_PAGESIZE);
+    const int64_t inside = (bytes + page - 1) / page * page;
+    mapped_bytes_ = inside + 2 * page;
+    base_ = static_cast<uint8_t*>(
+        mmap(nullptr, mapped_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    if (base_ == MAP_FAILED) std::abort();
+    mprotect(base_, page, PROT_NONE);
+    mprotect(base_ + page + inside, page, PROT_NONE);
+    data_ = base_ + page + (at_end ? inside - bytes : 0);
+  }
+  ~Memory() { munmap(base_, mapped_bytes_); }
+  uint8_t* data() const { return data_; }
+
+ private:
+  uint8_t *base_, *data_;
+  int64_t mapped_bytes_;
+};
+#endif
+
+// --- the formulas, once more ---
+
+float expected_float32(Rounding rounding, uint8_t byte, double mean, double std) {
+  const float x = byte, m = static_cast<float>(mean), s = static_cast<float>(std);
+  switch (rounding) {
+    case Rounding::torchvision:
+      return (x * static_cast<float>(1.0 / 255.0) - m) / s;
+    case Rounding::torchvision_v1:
+      return (x / 255.0f - m) / s;
+    case Rounding::timm:
+      return (x - static_cast<float>(mean * 255)) / static_cast<float>(std * 255);
+    case Rounding::transformers:
+      return (x - m * 255.0f) / (s * 255.0f);
+    case Rounding::nearest:
+      break;
+  }
+  const long double value = (byte / 255.0L - static_cast<long double>(mean)) / std;
+  return static_cast<float>(value);
+}
+
+// The nearest number with `digits` binary digits, none of them below 2^(min_exponent - digits + 1);
+// half to even.
+double rounded(double value, int digits, int min_exponent, double largest) {
+  if (value == 0) return value;
+  int exponent;
+  std::frexp(value, &exponent);  // |value| is in [2^(exponent - 1), 2^exponent)
+  const int last = std::max(exponent, min_exponent + 1) - digits;
+  const double result = std::ldexp(std::nearbyint(std::ldexp(value, -last)), last);
+  return std::fabs(result) > largest ? std::copysign(HUGE_VAL, value) : result;
+}
+
+double expected_value(FloatType dtype, float value) {
+  switch (dtype) {
+    case FloatType::float32:
+      return value;
+    case FloatType::float16:
+      return rounded(value, 11, -14, 65504);
+    case FloatType::bfloat16:
+      return rounded(value, 8, -126, 0x1.fep127);
+  }
+  std::abort();
+}
+
+double stored_value(FloatType dtype, const uint8_t* element) {
+  if (dtype == FloatType::float32) {
+    float value;
+    std::memcpy(&value, element, sizeof value);
+    return value;
+  }
+  uint16_t bits;
+  std::memcpy(&bits, element, sizeof bits);
+  if (dtype == FloatType::bfloat16) {
+    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+    float value;
+    std::memcpy(&value, &wide, sizeof value);
+    return value;
+  }
+  const int exponent = (bits >> 10) & 31, fraction = bits & 1023;
+  double value = exponent == 0    ? std::ldexp(fraction, -24)
+                 : exponent == 31 ? (fraction == 0 ? HUGE_VAL : NAN)
+                                  : std::ldexp(1024 + fraction, exponent - 25);
+  return (bits & 0x8000) != 0 ? -value : value;
+}
+
+bool same(double a, double b) { return a == b && std::signbit(a) == std::signbit(b); }
+
+// --- one call ---
+
+int32_t parallel_for(int64_t begin, int64_t end, int64_t, void (*body)(int64_t, int64_t, void*),
+                     void* context) {
+  // Parts of different lengths, the last one first.
+  std::vector<std::thread> threads;
+  const int64_t part = (end - begin) / 3 + 1;
+  for (int64_t last = end; last > begin; last -= part) {
+    const int64_t first = std::max(begin, last - part);
+    for (int copies = planted == Planted::race ? 2 : 1; copies > 0; --copies) {
+      if (use_threads) {
+        threads.emplace_back(body, first, last, context);
+      } else {
+        body(first, last, context);
+      }
+    }
+  }
+  for (std::thread& thread : threads) thread.join();
+  return 0;
+}
+
+enum class Layout { planar, pixels, pixels_and_one, padded_rows, spread, same_image, count };
+
+struct Case {
+  Isa isa;
+  FloatType dtype;
+  Rounding rounding;
+  int64_t sizes[4];
+  Layout images, output;
+  bool at_end;
+  bool all_bytes;   // every byte value in turn, instead of random ones
+  bool past_cache;  // as for an output that is too large for the cache
+};
+
+void set_strides(int64_t (&strides)[4], const int64_t (&sizes)[4], Layout layout) {
+  const int64_t c = sizes[1], h = sizes[2], w = sizes[3];
+  const auto set = [&](int64_t sn, int64_t sc, int64_t sh, int64_t sw) {
+    const int64_t values[4] = {sn, sc, sh, sw};
+    std::memcpy(strides, values, sizeof values);
+  };
+  switch (layout) {
+    case Layout::planar:
+    case Layout::count:
+      return set(c * h * w, h * w, w, 1);
+    case Layout::pixels:
+      return set(c * h * w, 1, c * w, c);
+    case Layout::pixels_and_one:
+      return set((c + 1) * h * w, 1, (c + 1) * w, c + 1);
+    case Layout::padded_rows:
+      return set(c * h * (w + 3), h * (w + 3), w + 3, 1);
+    case Layout::spread:
+      return set(2 * c * h * w, 2 * h * w, 2 * w, 2);
+    case Layout::same_image:
+      return set(0, h * w, w, 1);
+  }
+}
+
+// One past the last element that is reached.
+int64_t reach(const int64_t (&sizes)[4], const int64_t (&strides)[4]) {
+  int64_t last = 0;
+  for (int d = 0; d < 4; ++d) last += (sizes[d] - 1) * strides[d];
+  return last + 1;
+}
+
+uint8_t next_byte() {
+  static uint32_t state = 1;
+  state = state * 1664525u + 1013904223u;
+  return static_cast<uint8_t>(state >> 24);
+}
+
+bool run(const Case& test) {
+  const int64_t channels = test.sizes[1];
+  NormalizeArgs args{};
+  std::memcpy(args.sizes, test.sizes, sizeof args.sizes);
+  set_strides(args.image_strides, test.sizes, test.images);
+  set_strides(args.output_strides, test.sizes, test.output);
+  args.dtype = test.dtype;
+  args.past_cache = test.past_cache;
+
+  std::vector<double> mean, std;
+  for (int64_t c = 0; c < channels; ++c) {
+    mean.push_back(0.485 - 0.07 * static_cast<double>(c));
+    std.push_back(0.229 + 0.013 * static_cast<double>(c));
+  }
+  std::vector<ChannelConstants> constants(static_cast<size_t>(channels));
+  set_rounding(args, constants.data(), mean.data(), std.data(), channels, test.rounding);
+
+  const int64_t image_bytes = reach(args.sizes, args.image_strides);
+  const int64_t out_elements = reach(args.sizes, args.output_strides);
+  const int64_t out_bytes = out_elements * element_bytes(test.dtype);
+  const int64_t cut_images = planted == Planted::short_input ? 1 : 0;
+  const int64_t cut_output = planted == Planted::short_output ? 1 : 0;
+  const bool misaligned = planted == Planted::misaligned;
+  const Memory images(image_bytes - cut_images, test.at_end);
+  const Memory output(out_bytes - cut_output + (misaligned ? 1 : 0), test.at_end);
+  for (int64_t i = 0; i < image_bytes - cut_images; ++i) {
+    images.data()[i] = test.all_bytes ? static_cast<uint8_t>(i) : next_byte();
+  }
+  args.images = images.data() - (planted == Planted::early_input ? 1 : 0);
+  args.output = output.data() + (misaligned ? 1 : 0);
+
+  set_active_isa(test.isa);
+  const std::vector<uint8_t> before(images.data(), images.data() + image_bytes - cut_images);
+  if (normalize_cpu(args, parallel_for) != 0) return false;
+  if (!std::equal(before.begin(), before.end(), images.data())) {
+    std::printf("the images were written to\n");
+    return false;
+  }
+
+  for (int64_t n = 0; n < args.sizes[0]; ++n)
+    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t h = 0; h < args.sizes[2]; ++h)
+        for (int64_t w = 0; w < args.sizes[3]; ++w) {
+          const int64_t at[4] = {n, c, h, w};
+          int64_t in = 0, out = 0;
+          for (int d = 0; d < 4; ++d) {
+            in += at[d] * args.image_strides[d];
+            out += at[d] * args.output_strides[d];
+          }
+          const auto k = static_cast<size_t>(c);
+          float value = expected_float32(test.rounding, args.images[in], mean[k], std[k]);
+          if (planted == Planted::wrong_value && n + c + h + w == 0) {
+            value = std::nextafter(value, 100.0f);
+          }
+          const double expected = expected_value(test.dtype, value);
+          const double stored = stored_value(test.dtype, static_cast<const uint8_t*>(args.output) +
+                                                             out * element_bytes(test.dtype));
+          if (same(stored, expected)) continue;
+          std::printf(
+              "isa %d dtype %d rounding %d sizes %ld %ld %ld %ld images %d output %d at %ld %ld "
+              "%ld "
+              "%ld byte %d: %.9g, expected %.9g\n",
+              static_cast<int>(test.isa), static_cast<int>(test.dtype),
+              static_cast<int>(test.rounding), static_cast<long>(args.sizes[0]),
+              static_cast<long>(channels), static_cast<long>(args.sizes[2]),
+              static_cast<long>(args.sizes[3]), static_cast<int>(test.images),
+              static_cast<int>(test.output), static_cast<long>(n), static_cast<long>(c),
+              static_cast<long>(h), static_cast<long>(w), static_cast<int>(args.images[in]), stored,
+              expected);
+          return false;
+        }
+  return true;
+}
+
+// --- all calls ---
+
+constexpr FloatType kTypes[] = {FloatType::float32, FloatType::float16, FloatType::bfloat16};
+constexpr Rounding kRoundings[] = {Rounding::torchvision, Rounding::torchvision_v1, Rounding::timm,
+                                   Rounding::transformers, Rounding::nearest};
+
+bool run_all_on(Isa isa, int64_t& cases) {
+  constexpr int64_t kWidths[] = {1,  2,  3,  7,  8,  9,  15, 16,  17,  31,  32,
+                                 33, 47, 48, 63, 64, 65, 95, 127, 128, 129, 1025};
+  for (FloatType dtype : kTypes)
+    for (int64_t channels : {1, 2, 3, 4, 5, 16, 17})
+      for (int64_t width : kWidths) {
+        if (channels > 5 && width > 65) continue;
+        for (int images = 0; images < static_cast<int>(Layout::count); ++images)
+          for (Layout output : {Layout::planar, Layout::pixels}) {
+            // Chosen at random, the same in each run: not every combination, but many of each two.
+            const int64_t height = next_byte() % 3 + 1, count = next_byte() % 2 + 1;
+            const Case test{isa,
+                            dtype,
+                            kRoundings[next_byte() % 5],
+                            {count, channels, height, width},
+                            static_cast<Layout>(images),
+                            output,
+                            next_byte() % 4 != 0,
+                            false,
+                            next_byte() % 2 != 0};
+            if (!run(test)) return false;
+            ++cases;
+          }
+      }
+  // Every byte value in every channel, a few pixels and many, in one part and several.
+  for (FloatType dtype : kTypes)
+    for (Rounding rounding : kRoundings)
+      for (int64_t side : {16, 48, 160})
+        for (Layout layout : {Layout::planar, Layout::pixels}) {
+          const int64_t channels = layout == Layout::pixels ? 3 : 2;
+          for (bool past_cache : {false, true}) {
+            const int64_t sizes[4] = {1, channels, side, side};
+            Case test{isa, dtype, rounding, {}, layout, layout, true, true, past_cache};
+            std::memcpy(test.sizes, sizes, sizeof sizes);
+            if (!run(test)) return false;
+            ++cases;
+          }
+        }
+  return true;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  for (int i = 1; i < argc; ++i) {
+    const std::string argument = argv[i];
+    bool known = argument == "threads";
+    use_threads = use_threads || known;
+    for (size_t k = 0; k < std::size(kPlantedNames); ++k) {
+      if (argument != std::string("planted=") + kPlantedNames[k]) continue;
+      planted = static_cast<Planted>(k);
+      known = true;
+    }
+    if (!known) {
+      std::printf("unknown argument %s\n", argv[i]);
+      return 2;
+    }
+  }
+  for (const Isa isa : {Isa::portable, Isa::avx2, Isa::avx512, Isa::neon}) {
+    if (!isa_available(isa)) continue;
+    int64_t cases = 0;
+    if (!run_all_on(isa, cases)) return 1;
+    std::printf("isa %d: %ld cases\n", static_cast<int>(isa), static_cast<long>(cases));
+    std::fflush(stdout);
+  }
+  return 0;
+}

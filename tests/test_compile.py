@@ -1,0 +1,269 @@
+"""The operators under torch.compile, torch.export and opcheck: no graph breaks, the same bits."""
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import pixfuse
+from pixfuse._library import MEMORY_FORMAT_CODES
+from tests.bits import assert_same_bits
+from tests.images import LAYOUTS, random_bytes
+from tests.normalizations import DTYPES, ROUNDINGS, made_up
+
+FORMATS = (torch.contiguous_format, torch.channels_last, torch.preserve_format)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(function: Any, **options: Any) -> tuple[Any, CompileCounterWithBackend]:
+    """The function in one graph, and a count of how often it was compiled.
+
+    "aot_eager" takes every step of the compiler but the last, which makes C++ code.
+    """
+    counter = CompileCounterWithBackend("aot_eager")
+    return torch.compile(function, backend=counter, fullgraph=True, **options), counter
+
+
+OPERANDS = {
+    "batch": lambda: random_bytes(2, 3, 4, 5),
+    "image": lambda: random_bytes(3, 4, 5),
+    "channels_last": lambda: random_bytes(2, 4, 5, 3).permute(0, 3, 1, 2),
+    "crop": lambda: random_bytes(2, 3, 8, 9)[:, :, 1:5, 2:7],
+    "same image": lambda: random_bytes(1, 3, 4, 5).expand(2, 3, 4, 5),
+    "empty": lambda: random_bytes(0, 3, 4, 5),
+}
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("operand", OPERANDS)
+def test_opcheck(operand: str, memory_format: torch.memory_format) -> None:
+    images = OPERANDS[operand]()
+    mean, std = [0.1, 0.2, 0.3], [0.5, 0.6, 0.7]
+    for dtype, rounding in ((0, 0), (1, 4), (2, 1)):
+        options = (rounding, 0, dtype, MEMORY_FORMAT_CODES[memory_format])
+        torch.library.opcheck(
+            torch.ops.pixfuse.normalize.default,
+            (images, mean, std, *options),
+        )
+        out = torch.ops.pixfuse.normalize(images, mean, std, *options)
+        torch.library.opcheck(
+            torch.ops.pixfuse.normalize_out.default, (images, mean, std, rounding, 0, out)
+        )
+
+
+def test_opcheck_nhwc() -> None:
+    args = (random_bytes(2, 4, 5, 3), [0.5], [0.5], 0, 1)
+    torch.library.opcheck(torch.ops.pixfuse.normalize.default, (*args, 0, 1))
+    torch.library.opcheck(torch.ops.pixfuse.normalize_out.default, (*args, torch.empty(2, 3, 4, 5)))
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_compiled_is_eager(device: torch.device, rounding: Any) -> None:
+    normalization = made_up(3, rounding)
+
+    def function(images: torch.Tensor) -> torch.Tensor:
+        return pixfuse.normalize(images, normalization, dtype=torch.bfloat16)
+
+    run, counter = compiled(function)
+    images = random_bytes(2, 3, 8, 9).to(device)
+    assert_same_bits(run(images), function(images))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("input_layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_every_option_compiles(
+    input_layout: Literal["NCHW", "NHWC"], memory_format: torch.memory_format
+) -> None:
+    def function(images: torch.Tensor) -> list[torch.Tensor]:
+        return [
+            pixfuse.normalize(
+                images,
+                pixfuse.CLIP,
+                input_layout=input_layout,
+                dtype=dtype,
+                memory_format=memory_format,
+            )
+            for dtype in DTYPES
+        ]
+
+    run, _ = compiled(function)
+    for layout in ("nchw", "channels_last", "crop"):
+        images = LAYOUTS[layout](2, 3, 6, 7)
+        images = images if input_layout == "NCHW" else images.permute(0, 2, 3, 1)
+        for ours, expected in zip(run(images), function(images), strict=True):
+            assert_same_bits(ours, expected)
+
+
+def test_several_normalizations_in_one_function() -> None:
+    def function(images: torch.Tensor) -> torch.Tensor:
+        unit = pixfuse.normalize(images)
+        signed = pixfuse.normalize(images, pixfuse.SIGNED)
+        standardized = pixfuse.normalize(images, pixfuse.IMAGENET)
+        return torch.cat([unit * 2 - signed, standardized])
+
+    run, counter = compiled(function)
+    images = random_bytes(2, 3, 8, 9)
+    assert_same_bits(run(images), function(images))
+    assert counter.frame_count == 1
+
+
+def test_normalization_as_an_argument() -> None:
+    run, _ = compiled(pixfuse.normalize)
+    images = random_bytes(2, 3, 8, 9)
+    for normalization in (pixfuse.UNIT, pixfuse.IMAGENET, made_up(3, "nearest")):
+        assert_same_bits(run(images, normalization), pixfuse.normalize(images, normalization))
+
+
+def test_out_is_written() -> None:
+    def function(images: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        return pixfuse.normalize(images, pixfuse.IMAGENET, out=out) + 1
+
+    run, counter = compiled(function)
+    images, out = random_bytes(2, 3, 8, 9), torch.full((2, 3, 8, 9), 7.0)
+    expected = pixfuse.normalize(images, pixfuse.IMAGENET)
+    assert_same_bits(run(images, out), expected + 1)
+    assert_same_bits(out, expected)
+    assert counter.frame_count == 1
+
+
+def test_out_is_handed_back() -> None:
+    def function(images: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        return pixfuse.normalize(images, pixfuse.SIGNED, out=out)
+
+    run, _ = compiled(function)
+    images, out = random_bytes(2, 3, 8, 9), torch.empty(2, 3, 8, 9)
+    assert run(images, out) is out
+
+
+def test_one_graph_serves_every_shape() -> None:
+    def function(images: torch.Tensor) -> torch.Tensor:
+        return pixfuse.normalize(images, pixfuse.IMAGENET) * 2
+
+    run, counter = compiled(function, dynamic=True)
+    run(random_bytes(5, 3, 9, 6))
+    compilations = counter.frame_count  # tracing may start over once
+    for shape in ((4, 3, 8, 9), (2, 3, 31, 17), (7, 3, 5, 64)):
+        images = random_bytes(*shape)
+        assert_same_bits(run(images), function(images))
+    assert counter.frame_count == compilations
+
+
+def test_errors_come_through() -> None:
+    run, _ = compiled(pixfuse.normalize)
+    with pytest.raises(Exception, match="normalize: expected images of dtype uint8"):
+        run(torch.zeros(2, 3, 4, 5))
+
+
+def test_inductor() -> None:
+    """The whole compiler, with neighbours that it could fuse with."""
+
+    def function(images: torch.Tensor) -> torch.Tensor:
+        return torch.relu(pixfuse.normalize(images.flip(-1), pixfuse.IMAGENET) - 0.5)
+
+    images = random_bytes(2, 3, 8, 9)
+    assert_same_bits(torch.compile(function, fullgraph=True)(images), function(images))
+
+
+class Stem(torch.nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return pixfuse.normalize(images, pixfuse.CIFAR10)
+
+
+def test_export() -> None:
+    images = random_bytes(4, 3, 8, 9)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(Stem(), (images,), dynamic_shapes=({0: batch},))
+    assert [n.target for n in program.graph.nodes if n.op == "call_function"] == [
+        torch.ops.pixfuse.normalize.default
+    ]
+    for count in (4, 9):
+        images = random_bytes(count, 3, 8, 9)
+        assert_same_bits(program.module()(images), Stem()(images))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_fake_tensors_are_like_real_ones(layout: str) -> None:
+    for size in ((2, 3, 5, 7), (2, 1, 5, 7), (1, 3, 1, 1), (0, 3, 4, 5), (2, 3, 4, 1)):
+        batch = LAYOUTS[layout](*size)
+        for real in (batch, *batch[:1]):
+            for input_layout in ("NCHW", "NHWC"):
+                images = real if input_layout == "NCHW" else real.movedim(-3, -1)
+                for memory_format in FORMATS:
+                    options: dict[str, Any] = {
+                        "input_layout": input_layout,
+                        "memory_format": memory_format,
+                        "dtype": torch.float16,
+                    }
+                    expected = pixfuse.normalize(images, pixfuse.UNIT, **options)
+                    with FakeTensorMode() as mode:
+                        fake = pixfuse.normalize(mode.from_tensor(images), pixfuse.UNIT, **options)
+                    assert fake.shape == expected.shape
+                    assert fake.stride() == expected.stride()
+                    assert fake.dtype == expected.dtype
+                    assert fake.device == expected.device
+
+
+# --- modes of torch ---
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        torch.inference_mode,
+        torch.no_grad,
+        torch.enable_grad,
+        lambda: torch.autocast("cpu"),
+        lambda: torch.device("meta"),  # the default for new tensors, not for results
+    ],
+    ids=["inference_mode", "no_grad", "enable_grad", "autocast", "default_device"],
+)
+def test_modes_change_nothing(mode: Any) -> None:
+    images = random_bytes(2, 3, 8, 9)
+    expected = pixfuse.normalize(images, pixfuse.CLIP)
+    out = torch.empty_like(expected)
+    with mode():
+        ours = pixfuse.normalize(images, pixfuse.CLIP)
+        pixfuse.normalize(images, pixfuse.CLIP, out=out)
+    assert_same_bits(ours, expected)
+    assert_same_bits(out, expected)
+    assert not ours.requires_grad
+
+
+def test_the_default_dtype_changes_nothing() -> None:
+    images = random_bytes(2, 3, 8, 9)
+    expected = pixfuse.normalize(images, pixfuse.CLIP)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert_same_bits(pixfuse.normalize(images, pixfuse.CLIP), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_results_feed_a_graph() -> None:
+    """As the input of a model in training: gradients of later parameters are right."""
+    images = random_bytes(2, 3, 8, 9)
+    weight = torch.ones(3, 1, 1, requires_grad=True)
+    (pixfuse.normalize(images, pixfuse.CLIP) * weight).sum().backward()
+    assert weight.grad is not None
+    expected = pixfuse.normalize(images, pixfuse.CLIP).sum((0, 2, 3)).view(3, 1, 1)
+    torch.testing.assert_close(weight.grad, expected)
+
+
+def test_out_counts_as_modified() -> None:
+    """So autograd refuses to go back through what has been overwritten since."""
+    out = torch.ones(2, 3, 8, 9)
+    weight = torch.ones(3, 1, 1, requires_grad=True)
+    total = (weight * out).sum()
+    pixfuse.normalize(random_bytes(2, 3, 8, 9), pixfuse.CLIP, out=out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()

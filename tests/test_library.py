@@ -1,0 +1,204 @@
+"""The package as it is installed: what the libraries need, what is typed, what is documented."""
+
+import inspect
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+import pixfuse
+from benchmarks.torchvision_import import import_torchvision
+from tests.bits import assert_same_bits
+from tests.images import random_bytes
+
+PACKAGE = Path(pixfuse.__file__).parent
+# The last one is what `make cuda` leaves, also where torch has no CUDA.
+BUILT = (
+    PACKAGE / "_cpu.so",
+    PACKAGE / "_cuda.so",
+    Path(__file__).parent.parent / "build" / "cuda" / "_cuda.so",
+)
+LIBRARIES = [path for path in BUILT if path.exists()]
+
+needs_binutils = pytest.mark.skipif(
+    shutil.which("nm") is None or shutil.which("readelf") is None, reason="binutils not found"
+)
+
+
+# --- one build for every torch: nothing of torch's C++ ABI ---
+
+
+def undefined_symbols(library: Path) -> list[str]:
+    listing = subprocess.run(
+        ["nm", "--dynamic", "--undefined-only", "--demangle", str(library)],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    return [line.split(maxsplit=1)[1] for line in listing.splitlines()]
+
+
+def torch_cxx_symbols(library: Path) -> list[str]:
+    return [s for s in undefined_symbols(library) if re.search(r"\b(at|c10|torch)::", s)]
+
+
+@needs_binutils
+@pytest.mark.parametrize("library", LIBRARIES, ids=lambda path: path.name)
+def test_no_undefined_cxx_symbol_of_torch(library: Path) -> None:
+    assert torch_cxx_symbols(library) == []
+    # Proof that the listing is one: the C functions of the stable ABI are in it.
+    assert any(s.startswith("aoti_torch_") for s in undefined_symbols(library))
+
+
+@needs_binutils
+@pytest.mark.parametrize("namespace", ["at", "c10", "torch"])
+def test_the_checker_sees_such_a_symbol(tmp_path: Path, namespace: str) -> None:
+    source = tmp_path / "needy.cpp"
+    source.write_text(
+        f"namespace {namespace} {{ int missing(int); }}\n"
+        f'extern "C" int call() {{ return {namespace}::missing(1); }}\n'
+    )
+    library = tmp_path / "needy.so"
+    subprocess.run(["g++", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+    assert any(f"{namespace}::missing(int)" in s for s in torch_cxx_symbols(library))
+
+
+@needs_binutils
+@pytest.mark.parametrize("library", LIBRARIES, ids=lambda path: path.name)
+def test_torch_is_found_by_name_alone(library: Path) -> None:
+    dynamic = subprocess.run(
+        ["readelf", "--dynamic", "--wide", str(library)], check=True, capture_output=True, text=True
+    ).stdout
+    assert "RPATH" not in dynamic
+    assert "RUNPATH" not in dynamic
+    needed = set(re.findall(r"\(NEEDED\).*\[(.*?)\]", dynamic))
+    assert "libtorch_cpu.so" in needed
+    allowed = {"libtorch_cpu.so", "libtorch_cuda.so", "libstdc++.so.6", "libgcc_s.so.1"}
+    allowed |= {"libm.so.6", "libc.so.6", "libdl.so.2", "libpthread.so.0", "librt.so.1"}
+    allowed |= {"ld-linux-x86-64.so.2", "ld-linux-aarch64.so.1"}
+    assert needed <= allowed
+
+
+@needs_binutils
+@pytest.mark.parametrize("library", LIBRARIES, ids=lambda path: path.name)
+def test_nothing_of_ours_is_visible_to_other_libraries(library: Path) -> None:
+    listing = subprocess.run(
+        ["nm", "--dynamic", "--defined-only", "--demangle", str(library)],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    assert "pixfuse::" not in listing
+
+
+# --- info ---
+
+
+def test_info() -> None:
+    info = pixfuse.info()
+    assert info["torch"] == torch.__version__
+    assert info["isa"] in info["available_isas"]
+    assert info["available_isas"][0] == "portable"
+    assert info["threads"] == torch.get_num_threads()
+    assert info["cuda"]["torch"] == torch.version.cuda
+    built = (PACKAGE / "_cuda.so").exists()
+    assert info["cuda"]["loaded"] is (built and torch.version.cuda is not None)
+    assert set(info["output_buffer"]) == {
+        "limit_bytes",
+        "idle_bytes",
+        "in_use_bytes",
+        "allocated",
+        "reused",
+    }
+
+
+def test_use_isa_changes_what_info_says(isa: str) -> None:
+    assert pixfuse.info()["isa"] == isa
+
+
+def test_use_isa_goes_back_after_an_error() -> None:
+    before = pixfuse.info()["isa"]
+    with pytest.raises(ZeroDivisionError), pixfuse._library.use_isa("portable"):
+        raise ZeroDivisionError
+    assert pixfuse.info()["isa"] == before
+
+
+# --- the package ---
+
+
+def test_the_package_says_that_it_is_typed() -> None:
+    assert (PACKAGE / "py.typed").exists()
+
+
+def test_the_installed_package_is_tested() -> None:
+    """Not the source folder, which would hide a file that the wheel lacks."""
+    spec = find_spec("pixfuse")
+    assert spec is not None
+    assert spec.origin is not None
+    assert "site-packages" in spec.origin
+
+
+def test_public_names() -> None:
+    public = {name for name in vars(pixfuse) if not name.startswith("_")}
+    modules = {"functional", "normalization"}  # their content is what is public
+    assert public - modules == set(pixfuse.__all__)
+
+
+PUBLIC_FUNCTIONS: dict[str, Callable[..., object]] = {
+    "normalize": pixfuse.normalize,
+    "Normalization": pixfuse.Normalization,
+    "empty_cache": pixfuse.empty_cache,
+    "info": pixfuse.info,
+    "reference.normalize": pixfuse.reference.normalize,
+}
+
+
+def test_every_public_function_is_listed() -> None:
+    callables = {name for name in pixfuse.__all__ if callable(getattr(pixfuse, name))}
+    assert callables == {name for name in PUBLIC_FUNCTIONS if "." not in name}
+
+
+@pytest.mark.parametrize("name", PUBLIC_FUNCTIONS)
+def test_docstrings(name: str) -> None:
+    function = PUBLIC_FUNCTIONS[name]
+    text = inspect.getdoc(function)
+    assert text
+    assert re.match(r"[A-Z`].*[.]\n\n", text), "a first line that is a sentence of its own"
+    signature = inspect.signature(function)
+    if signature.parameters:
+        arguments = text.split("Args:\n")[1].split("\n\n")[0]
+        for parameter in signature.parameters:
+            assert re.search(rf"^ +{parameter}: ", arguments, re.MULTILINE), parameter
+    if signature.return_annotation not in (None, "None"):
+        assert "Returns:\n" in text
+    assert "Raises:\n" in text
+
+
+def test_every_preset_is_documented() -> None:
+    source = (PACKAGE / "normalization.py").read_text()
+    presets = [n for n, v in vars(pixfuse).items() if isinstance(v, pixfuse.Normalization)]
+    assert len(presets) > 5
+    for name in presets:
+        assert re.search(rf"^#: .*\n{name}: Final = ", source, re.MULTILINE), name
+
+
+def test_the_lines_that_normalize_says_it_equals() -> None:
+    text = inspect.getdoc(pixfuse.normalize)
+    assert text is not None
+    lines = text.split("Equivalent to::\n")[1].split("\n\nSource")[0]
+    images = random_bytes(2, 3, 4, 5)
+    import_torchvision("torchvision.transforms.v2")
+    names = {
+        "torch": torch,
+        "transforms": import_torchvision("torchvision.transforms"),
+        "images": images,
+        "mean": list(pixfuse.IMAGENET.mean),
+        "std": list(pixfuse.IMAGENET.std),
+    }
+    equal = eval(f"({inspect.cleandoc(lines)})", names)
+    assert_same_bits(pixfuse.normalize(images, pixfuse.IMAGENET), equal)
