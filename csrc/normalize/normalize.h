@@ -46,7 +46,6 @@ struct NormalizeArgs {
   Arithmetic arithmetic;
   float scale;                       // of Arithmetic::multiply
   const ChannelConstants* channels;  // [C], in host memory
-  bool past_cache;                   // CPU: stores bypass it, as they do for large outputs anyway
 };
 
 // Splits [begin, end) over threads; the signature of torch's C function for it.

@@ -1,6 +1,4 @@
 // Picks the instruction set, splits the work over threads.
-#include <unistd.h>
-
 #include "common/isa.h"
 #include "normalize/normalize_loop.h"
 
@@ -28,16 +26,6 @@ Loop loop_for(Isa isa) {
   }
 }
 
-// An output that the cache cannot hold is written past it: that saves reading every line before it
-// is written, and leaves the cache to others. A smaller one stays there for whoever reads it next.
-bool exceeds_cache(int64_t bytes) {
-  static const int64_t cache_bytes = [] {
-    const long reported = sysconf(_SC_LEVEL3_CACHE_SIZE);
-    return reported > 0 ? int64_t{reported} : int64_t{32} << 20;
-  }();
-  return bytes > cache_bytes / 4 * 3;
-}
-
 }  // namespace
 
 int32_t normalize_cpu(const NormalizeArgs& original, ParallelFor parallel_for) {
@@ -48,16 +36,13 @@ int32_t normalize_cpu(const NormalizeArgs& original, ParallelFor parallel_for) {
   for (int64_t size : job.args.sizes) {
     if (size == 0) return 0;
   }
-  const auto& sizes = job.args.sizes;
-  job.args.past_cache =
-      original.past_cache ||
-      exceeds_cache(sizes[0] * sizes[1] * sizes[2] * sizes[3] * element_bytes(job.args.dtype));
   merge_rows(job.args);
 
   const auto body = [](int64_t first, int64_t last, void* context) {
     const Job& job = *static_cast<const Job*>(context);
     job.loop(job.args, first, last);
   };
+  const auto& sizes = job.args.sizes;
   const int64_t blocks = sizes[0] * sizes[2] * blocks_per_row(job.args);
   const int64_t row_pixels = sizes[3] < kBlockPixels ? sizes[3] : kBlockPixels;
   const int64_t grain = 1 + kGrainElements / (row_pixels * sizes[1]);

@@ -6,7 +6,7 @@
 // order is right already. What lies between the two stays in the first-level cache.
 #include "normalize/normalize_loop.h"
 
-#if defined(__x86_64__)
+#if defined(__F16C__)
 #include <immintrin.h>
 #endif
 
@@ -20,7 +20,7 @@ struct Cycle {
   static constexpr int64_t kPixels = 64;  // so that the period is a multiple of every vector width
   static constexpr int64_t kMaxChannels = kCapacity / kPixels;
 
-  int64_t period;
+  int64_t period = 0;
   alignas(64) float mean[kCapacity];
   alignas(64) float std[kCapacity];
   alignas(64) double center_high[kCapacity];
@@ -43,103 +43,53 @@ inline float normalize_value(uint8_t x, float scale, float mean, float std, doub
   }
 }
 
-// A vector of float32 that is stored past the cache: without reading its line first, and without
-// leaving it there.
-#if defined(__AVX512F__)
-constexpr int kStreamed = 16;
-inline void stream(float* out, const float* values) {
-  _mm512_stream_ps(out, _mm512_load_ps(values));
-}
-#elif defined(__AVX2__)
-constexpr int kStreamed = 8;
-inline void stream(float* out, const float* values) {
-  _mm256_stream_ps(out, _mm256_load_ps(values));
-}
-#else
-constexpr int kStreamed = 0;  // these loops are bound by their arithmetic, not by memory
-inline void stream(float*, const float*) {}
-#endif
-
-inline bool on_vector(const void* address) {
-  return reinterpret_cast<uintptr_t>(address) % (kStreamed * sizeof(float)) == 0;
-}
-
-template <class Value>
-inline void stream_run(float* __restrict out, int64_t count, const Value& value) {
-  int64_t i = 0;
-  for (; i < count && !on_vector(out + i); ++i) out[i] = value(i);
-  for (; i + kStreamed <= count; i += kStreamed) {
-    alignas(64) float values[kStreamed];
-    for (int j = 0; j < kStreamed; ++j) values[j] = value(i + j);
-    stream(out + i, values);
-  }
-  for (; i < count; ++i) out[i] = value(i);
-}
-
-template <class T, class Value>
-inline void store_run(T* __restrict out, int64_t count, [[maybe_unused]] bool past_cache,
-                      const Value& value) {
-  if constexpr (kStreamed > 0 && sizeof(T) == sizeof(float)) {
-    if (past_cache) return stream_run(out, count, value);
-  }
-#pragma GCC ivdep  // `out` shares no memory with what `value` reads
-  for (int64_t i = 0; i < count; ++i) out[i] = round_to<T>(value(i));
-}
-
 // `count` bytes of one channel.
 template <Arithmetic arithmetic, class T>
-void compute_values(const uint8_t* in, T* out, int64_t count, float scale,
-                    const ChannelConstants& channel, bool past_cache) {
-  store_run(out, count, past_cache, [in, scale, c = channel](int64_t i) {
-    return normalize_value<arithmetic>(in[i], scale, c.mean, c.std, c.center_high, c.center_low,
-                                       c.inverse_width);
-  });
+void compute_values(const uint8_t* __restrict in, T* __restrict out, int64_t count, float scale,
+                    const ChannelConstants& channel) {
+  const ChannelConstants c = channel;  // a local: `out` cannot alias it
+  for (int64_t i = 0; i < count; ++i) {
+    out[i] = round_to<T>(normalize_value<arithmetic>(in[i], scale, c.mean, c.std, c.center_high,
+                                                     c.center_low, c.inverse_width));
+  }
 }
 
 // `count` bytes of all channels in turn.
 template <Arithmetic arithmetic, class T>
-void compute_values(const uint8_t* in, T* out, int64_t count, float scale, const Cycle& cycle,
-                    bool past_cache) {
+void compute_values(const uint8_t* __restrict in, T* __restrict out, int64_t count, float scale,
+                    const Cycle& __restrict cycle) {
   for (int64_t begin = 0; begin < count; begin += cycle.period) {
     const int64_t left = count - begin;
     const int64_t length = left < cycle.period ? left : cycle.period;
-    store_run(out + begin, length, past_cache, [in = in + begin, scale, &cycle](int64_t i) {
-      return normalize_value<arithmetic>(in[i], scale, cycle.mean[i], cycle.std[i],
-                                         cycle.center_high[i], cycle.center_low[i],
-                                         cycle.inverse_width[i]);
-    });
+    for (int64_t i = 0; i < length; ++i) {
+      out[begin + i] = round_to<T>(normalize_value<arithmetic>(
+          in[begin + i], scale, cycle.mean[i], cycle.std[i], cycle.center_high[i],
+          cycle.center_low[i], cycle.inverse_width[i]));
+    }
   }
 }
 
 // `Constants` are those of one channel, or the Cycle of all.
 template <class T, class Constants>
 void compute(const NormalizeArgs& args, const uint8_t* in, T* out, int64_t count,
-             const Constants& constants, bool past_cache) {
+             const Constants& constants) {
   switch (args.arithmetic) {
     case Arithmetic::multiply:
-      return compute_values<Arithmetic::multiply>(in, out, count, args.scale, constants,
-                                                  past_cache);
+      return compute_values<Arithmetic::multiply>(in, out, count, args.scale, constants);
     case Arithmetic::divide:
-      return compute_values<Arithmetic::divide>(in, out, count, args.scale, constants, past_cache);
+      return compute_values<Arithmetic::divide>(in, out, count, args.scale, constants);
     case Arithmetic::nearest:
-      return compute_values<Arithmetic::nearest>(in, out, count, args.scale, constants, past_cache);
+      return compute_values<Arithmetic::nearest>(in, out, count, args.scale, constants);
   }
 }
 
 template <class T, class Constants>
 void convert(const NormalizeArgs& args, const uint8_t* in, T* out, int64_t count,
-             const Constants& constants, bool past_cache = false) {
-  compute(args, in, out, count, constants, past_cache);
+             const Constants& constants) {
+  compute(args, in, out, count, constants);
 }
 
 #if defined(__F16C__)
-// How many results may be converted at a time: as many as a buffer of Cycle::kCapacity holds, and
-// to the end of a period.
-inline int64_t whole_periods(const ChannelConstants&) { return Cycle::kCapacity; }
-inline int64_t whole_periods(const Cycle& cycle) {
-  return Cycle::kCapacity / cycle.period * cycle.period;
-}
-
 // gcc does not vectorize the rounding to float16 with the instruction that does it, which takes a
 // fraction of the time of the integer steps of round_to.
 void round_run(const float* in, Float16* out, int64_t count) {
@@ -151,14 +101,17 @@ void round_run(const float* in, Float16* out, int64_t count) {
   for (; i < count; ++i) out[i] = round_to<Float16>(in[i]);
 }
 
+inline int64_t whole_period(const ChannelConstants&) { return Cycle::kCapacity; }
+inline int64_t whole_period(const Cycle& cycle) { return cycle.period; }
+
 template <class Constants>
 void convert(const NormalizeArgs& args, const uint8_t* in, Float16* out, int64_t count,
-             const Constants& constants, bool = false) {
+             const Constants& constants) {
   alignas(64) float values[Cycle::kCapacity];
-  const int64_t step = whole_periods(constants);
+  const int64_t step = whole_period(constants);
   for (int64_t begin = 0; begin < count; begin += step) {
     const int64_t left = count - begin, length = left < step ? left : step;
-    compute(args, in + begin, values, length, constants, false);
+    compute(args, in + begin, values, length, constants);
     round_run(values, out + begin, length);
   }
 }
@@ -173,13 +126,11 @@ inline __m512i lookup_64(__m512i low, __m512i high, __m512i index) {
 
 constexpr bool kHasLookup = true;
 
-void lookup_run(const uint8_t* in, uint16_t* out, int64_t count, const uint16_t* table,
-                bool past_cache) {
+void lookup_run(const uint8_t* in, uint16_t* out, int64_t count, const uint16_t* table) {
   __m512i entries[8];
   for (int i = 0; i < 8; ++i) entries[i] = _mm512_loadu_si512(table + 32 * i);
   const __m512i bit6 = _mm512_set1_epi16(64), bit7 = _mm512_set1_epi16(128);
   int64_t i = 0;
-  for (; past_cache && i < count && !on_vector(out + i); ++i) out[i] = table[in[i]];
   for (; i + 32 <= count; i += 32) {
     const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + i));
     const __m512i index = _mm512_cvtepu8_epi16(bytes);
@@ -191,19 +142,14 @@ void lookup_run(const uint8_t* in, uint16_t* out, int64_t count, const uint16_t*
     const __m512i upper =
         _mm512_mask_blend_epi16(in_odd_quarter, lookup_64(entries[4], entries[5], index),
                                 lookup_64(entries[6], entries[7], index));
-    const __m512i results = _mm512_mask_blend_epi16(in_upper_half, lower, upper);
-    if (past_cache) {
-      _mm512_stream_si512(reinterpret_cast<__m512i*>(out + i), results);
-    } else {
-      _mm512_storeu_si512(out + i, results);
-    }
+    _mm512_storeu_si512(out + i, _mm512_mask_blend_epi16(in_upper_half, lower, upper));
   }
   for (; i < count; ++i) out[i] = table[in[i]];
 }
 #else
 constexpr bool kHasLookup = false;
 
-void lookup_run(const uint8_t*, uint16_t*, int64_t, const uint16_t*, bool) {}
+void lookup_run(const uint8_t*, uint16_t*, int64_t, const uint16_t*) {}
 #endif
 
 // A table costs 256 conversions; it pays when several times as many pixels use it.
@@ -280,10 +226,9 @@ void normalize_planar(const NormalizeArgs& args, const uint8_t* in, T* out, int6
       const int64_t c = first + k;
       T* target = out + c * args.output_strides[1];
       if (table != nullptr) {
-        lookup_run(source[k], reinterpret_cast<uint16_t*>(target), count, table + 256 * c,
-                   args.past_cache);
+        lookup_run(source[k], reinterpret_cast<uint16_t*>(target), count, table + 256 * c);
       } else {
-        convert(args, source[k], target, count, args.channels[c], args.past_cache);
+        convert(args, source[k], target, count, args.channels[c]);
       }
     }
   }
@@ -311,7 +256,7 @@ void normalize_interleaved(const NormalizeArgs& args, const uint8_t* in, T* out,
       gather(in + c * in_channel, in_pixel, pixels + c, channels, count);
     }
   }
-  convert(args, source, out, count * channels, cycle, args.past_cache);
+  convert(args, source, out, count * channels, cycle);
 }
 
 // Any strides, for channels beyond what a Cycle holds.
@@ -385,9 +330,6 @@ void normalize_blocks(const NormalizeArgs& args, int64_t first, int64_t last) {
       normalize_strided(args, in, out, count);
     }
   }
-#if defined(__x86_64__)
-  if (args.past_cache) _mm_sfence();  // only then do other threads see what was streamed
-#endif
 }
 
 }  // namespace

@@ -225,16 +225,26 @@ def _check_out(
         raise ValueError(
             f"normalize: expected out on the device of images ({images.device}), got {out.device}"
         )
-    nchw = view_as_nchw(images, layout_code)
-    if out.shape != nchw.shape:
-        raise ValueError(
-            f"normalize: expected out of shape {tuple(nchw.shape)}, got {tuple(out.shape)}"
-        )
+    shape: tuple[int, ...] = images.shape
+    if layout_code == LAYOUT_CODES["NHWC"]:
+        shape = (*shape[:-3], shape[-1], *shape[-3:-1])
+    if out.shape != shape:
+        raise ValueError(f"normalize: expected out of shape {tuple(shape)}, got {tuple(out.shape)}")
     if out.requires_grad:
         raise ValueError(
             "normalize: expected out not to require a gradient, got requires_grad=True; pass "
             "out.detach()"
         )
+    if memory_format is not torch.contiguous_format or not out.is_contiguous():
+        _check_strides(out, view_as_nchw(images, layout_code), memory_format)
+    # Addresses cannot be traced; the operator asserts the same.
+    if not torch.compiler.is_compiling() and _share_memory(images, out):
+        raise ValueError("normalize: expected out to share no memory with images, got an overlap")
+
+
+def _check_strides(
+    out: torch.Tensor, nchw: torch.Tensor, memory_format: torch.memory_format
+) -> None:
     expected = dense_strides(nchw.shape, resolve_channels_last(nchw, memory_format))
     if out.numel() > 0 and any(
         size > 1 and actual != wanted
@@ -244,9 +254,6 @@ def _check_out(
             f"normalize: expected out to be dense in {memory_format} with strides {expected}, got "
             f"strides {out.stride()}; pass memory_format= as out has it"
         )
-    # Addresses cannot be traced; the operator asserts the same.
-    if not torch.compiler.is_compiling() and _share_memory(images, out):
-        raise ValueError("normalize: expected out to share no memory with images, got an overlap")
 
 
 def _share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -257,6 +264,8 @@ def _share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def _span(tensor: torch.Tensor) -> tuple[int, int]:
     begin = tensor.data_ptr()
+    if tensor.is_contiguous():
+        return begin, begin + tensor.nbytes
     if tensor.numel() == 0:
         return begin, begin
     steps = zip(tensor.shape, tensor.stride(), strict=True)
