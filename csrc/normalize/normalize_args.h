@@ -16,8 +16,8 @@ namespace pixfuse {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Numbers of the operator's schema, where strings would leak and torch's own enums cost 0.6 us more
-// per call. Their names are in python/pixfuse/_library.py; `dtype` is a FloatType.
+// Numbers of the operator's schema, where strings would leak and torch's own enums take longer to
+// pass. Their names are in python/pixfuse/_library.py; `dtype` is a FloatType.
 enum class InputLayout : int64_t { nchw = 0, nhwc = 1 };
 enum class MemoryFormat : int64_t { contiguous = 0, channels_last = 1, preserve = 2 };
 

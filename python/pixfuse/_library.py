@@ -38,7 +38,10 @@ def _load_libraries() -> tuple[bool, str]:
         raise ImportError(str(error)) from None
     cuda_library = folder / "_cuda.so"
     if not cuda_library.exists():
-        return False, "this build of pixfuse has no CUDA kernels (nvcc was not found or was off)"
+        return False, (
+            "this build of pixfuse has no CUDA kernels: it was made without nvcc, for a torch "
+            "without CUDA, or with PIXFUSE_CUDA=OFF"
+        )
     if torch.version.cuda is None:
         return False, "this build of torch has no CUDA"
     torch.ops.load_library(cuda_library)
