@@ -17,6 +17,7 @@ from pixfuse.normalization import (
     UNIT,
     Normalization,
 )
+from pixfuse.pixels import channel_histogram, image_moments
 
 __all__ = [
     "CIFAR10",
@@ -31,7 +32,9 @@ __all__ = [
     "SVHN",
     "UNIT",
     "Normalization",
+    "channel_histogram",
     "empty_cache",
+    "image_moments",
     "info",
     "normalize",
     "reference",

@@ -106,6 +106,22 @@ def _normalize_out_fake(
     return None
 
 
+@torch.library.register_fake("pixfuse::channel_histogram")
+def _channel_histogram_fake(images: torch.Tensor, input_layout: int) -> torch.Tensor:
+    channels = view_as_nchw(images, input_layout).shape[-3]
+    return images.new_empty((channels, 256), dtype=torch.int64)
+
+
+@torch.library.register_fake("pixfuse::image_moments")
+def _image_moments_fake(
+    images: torch.Tensor, input_layout: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    nchw = view_as_nchw(images, input_layout)
+    shape = (nchw.shape[0] if nchw.ndim == 4 else 1, nchw.shape[-3])
+    sums = images.new_empty(shape, dtype=torch.int64)
+    return sums, torch.empty_like(sums)
+
+
 def available_isas() -> tuple[str, ...]:
     """The instruction sets that this machine can run, from portable to best."""
     return tuple(name for name, code in ISA_CODES.items() if torch.ops.pixfuse.isa_available(code))

@@ -5,6 +5,7 @@ Written for reading, not for speed: each rounding is spelled out step by step.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -43,6 +44,74 @@ def normalize(
     channels_last = resolve_channels_last(pixels, memory_format)
     out = values.new_empty_strided(values.shape, dense_strides(values.shape, channels_last))
     return out.copy_(values)
+
+
+def channel_histogram(
+    images: torch.Tensor | np.ndarray | Sequence[torch.Tensor | np.ndarray],
+    input_layout: str = "NCHW",
+) -> torch.Tensor:
+    """Do what :func:`pixfuse.channel_histogram` does, in plain torch operations.
+
+    Args:
+        images: a batch or an image of uint8 in ``input_layout``; or a list of arrays (H, W) or
+            (H, W, C) and tensors (C, H, W).
+        input_layout: ``"NCHW"`` or ``"NHWC"``.
+
+    Returns:
+        An int64 tensor of shape (C, 256).
+
+    Raises:
+        Nothing of its own: arguments are taken as they come.
+    """
+    counts = None
+    for pixels in _images_as_nchw(images, input_layout):
+        channels = pixels.movedim(-3, 0).flatten(1).to(torch.int64)
+        found = torch.stack([torch.bincount(channel, minlength=256) for channel in channels])
+        counts = found if counts is None else counts + found
+    assert counts is not None
+    return counts
+
+
+def image_moments(
+    images: torch.Tensor | np.ndarray | Sequence[torch.Tensor | np.ndarray],
+    input_layout: str = "NCHW",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Do what :func:`pixfuse.image_moments` does, in plain torch operations.
+
+    Args:
+        images: a batch or an image of uint8 in ``input_layout``; or a list of arrays (H, W) or
+            (H, W, C) and tensors (C, H, W).
+        input_layout: ``"NCHW"`` or ``"NHWC"``.
+
+    Returns:
+        Two int64 tensors of shape (N, C): sums and sums of squares.
+
+    Raises:
+        Nothing of its own: arguments are taken as they come.
+    """
+    sums, squares = [], []
+    for pixels in _images_as_nchw(images, input_layout):
+        batch = pixels if pixels.ndim == 4 else pixels.unsqueeze(0)
+        values = batch.to(torch.int64)
+        sums.append(values.sum((2, 3)))
+        squares.append((values * values).sum((2, 3)))
+    return torch.cat(sums), torch.cat(squares)
+
+
+def _images_as_nchw(
+    images: torch.Tensor | np.ndarray | Sequence[torch.Tensor | np.ndarray], input_layout: str
+) -> Iterator[torch.Tensor]:
+    """A batch or an image as (N,) C, H, W; or each image of a list as C, H, W."""
+    if isinstance(images, (torch.Tensor, np.ndarray)):
+        tensor = torch.tensor(images) if isinstance(images, np.ndarray) else images
+        yield view_as_nchw(tensor, LAYOUT_CODES[input_layout])
+        return
+    for image in images:
+        if isinstance(image, np.ndarray):
+            array = image if image.ndim == 3 else image[:, :, np.newaxis]
+            yield torch.tensor(np.ascontiguousarray(array)).permute(2, 0, 1)
+        else:
+            yield image
 
 
 def _float32_values(pixels: torch.Tensor, normalization: Normalization) -> torch.Tensor:
