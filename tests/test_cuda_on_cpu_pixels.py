@@ -34,6 +34,7 @@ from tests.test_cuda_on_cpu import (
 #: Each operator that has kernels here, with what its test program can be asked to do.
 OPERATORS = {
     "channel_histogram": ("shapes", "far"),
+    "denormalize": ("values", "shapes", "far"),
 }
 
 
@@ -105,6 +106,7 @@ def test_no_races(builds: Toolchain, program: Program, order: str) -> None:
 
 
 HISTOGRAM = "channel_histogram"
+DENORMALIZE = "denormalize"
 
 PLANTED = (
     Planted(
@@ -243,6 +245,150 @@ PLANTED = (
         VALUES,
         "shapes",
         WRONG_VALUE,
+    ),
+    Planted(
+        "store_past_the_end",
+        DENORMALIZE,
+        "!p.gaps && end - begin == kChunk",
+        "!p.gaps && begin == first",
+        SANITIZED,
+        "shapes",
+        "heap-buffer-overflow",
+    ),
+    Planted(
+        "store_before_the_start",
+        DENORMALIZE,
+        "!p.gaps && end - begin == kChunk",
+        "!p.gaps && end == first + kChunk",
+        VALUES,
+        "shapes",
+        WRONG_VALUE,
+    ),
+    Planted(
+        "misaligned_store",
+        DENORMALIZE,
+        "kChunk - off_boundary;",
+        "kChunk;",
+        SANITIZED,
+        "shapes",
+        "misaligned address",
+    ),
+    Planted(
+        "gaps_overwritten",
+        DENORMALIZE,
+        "whole = !p.gaps &&",
+        "whole =",
+        VALUES,
+        "shapes",
+        WRONG_VALUE,
+    ),
+    Planted(
+        "chunk_left_out",
+        DENORMALIZE,
+        "divide_up(p.run_elements + kChunk - 1, kChunk)",
+        "divide_up(p.run_elements, kChunk)",
+        VALUES,
+        "shapes",
+        WRONG_VALUE,
+    ),
+    Planted(
+        "contraction",
+        DENORMALIZE,
+        "__fadd_rn(__fmul_rn(x, scales[channel].scale), scales[channel].offset)",
+        "__fmaf_rn(x, scales[channel].scale, scales[channel].offset)",
+        VALUES,
+        "values",
+        WRONG_VALUE,
+    ),
+    Planted(
+        "half_up",
+        DENORMALIZE,
+        "__float_as_uint(__fadd_rn(inside, kRoundToInteger)) & 0xffu",
+        "inside + 0.5f",
+        VALUES,
+        "values",
+        WRONG_VALUE,
+    ),
+    Planted(
+        "nan_to_255",
+        DENORMALIZE,
+        "y > 0.0f ? y : 0.0f;",
+        "y < 0.0f ? 0.0f : y;",
+        VALUES,
+        "values",
+        WRONG_VALUE,
+    ),
+    Planted(
+        "half_of_a_step_clamped",
+        DENORMALIZE,
+        "y < -0.5f ||",
+        "y <= -0.5f ||",
+        VALUES,
+        "values",
+        WRONG_VALUE,
+    ),
+    Planted(
+        "no_barrier_before_converting",
+        DENORMALIZE,
+        "__syncthreads(); // Convert.",
+        "",
+        RACE,
+        "few",
+        "race on shared memory|uninitialized shared memory",
+    ),
+    Planted(
+        "no_barrier_after_converting",
+        DENORMALIZE,
+        "__syncthreads(); // Add up.",
+        "",
+        RACE,
+        "few",
+        "race on shared memory",
+    ),
+    Planted(
+        "barrier_in_a_branch",
+        DENORMALIZE,
+        "__syncthreads(); // Add up.",
+        "if (start < p.items) __syncthreads();",
+        VALUES,
+        "shapes",
+        UNREACHED,
+    ),
+    Planted(
+        "plain_tally",
+        DENORMALIZE,
+        "atomicAdd(total, tallies[threadIdx.x]);",
+        "*total += tallies[threadIdx.x];",
+        RACE,
+        "few",
+        "race on global memory",
+    ),
+    Planted(
+        "offset_of_32_bits",
+        DENORMALIZE,
+        "pixel * p.value_strides[3] +",
+        "static_cast<int>(pixel * p.value_strides[3]) +",
+        VALUES,
+        "far",
+        WRONG_VALUE,
+    ),
+    Planted(
+        "output_offset_of_32_bits",
+        DENORMALIZE,
+        "p.output + n * p.output_strides[0] +",
+        "p.output + static_cast<int>(n * p.output_strides[0]) +",
+        VALUES,
+        "far",
+        WRONG_VALUE,
+    ),
+    Planted(
+        "last_constant_left_out",
+        DENORMALIZE,
+        "if (threadIdx.x < p.channels)",
+        "if (threadIdx.x + 1 < p.channels)",
+        RACE,
+        "few",
+        "uninitialized shared memory",
     ),
 )
 

@@ -151,12 +151,14 @@ def test_public_names() -> None:
 
 PUBLIC_FUNCTIONS: dict[str, Callable[..., object]] = {
     "channel_histogram": pixfuse.channel_histogram,
+    "denormalize": pixfuse.denormalize,
     "image_moments": pixfuse.image_moments,
     "normalize": pixfuse.normalize,
     "Normalization": pixfuse.Normalization,
     "empty_cache": pixfuse.empty_cache,
     "info": pixfuse.info,
     "reference.channel_histogram": pixfuse.reference.channel_histogram,
+    "reference.denormalize": pixfuse.reference.denormalize,
     "reference.image_moments": pixfuse.reference.image_moments,
     "reference.normalize": pixfuse.reference.normalize,
 }

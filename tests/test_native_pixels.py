@@ -36,6 +36,7 @@ class Program:
 
 PROGRAMS = {
     "counts": Program("test_count_loops.cpp", ("channel_histogram", "image_moments"), 700),
+    "denormalize": Program("test_denormalize_loop.cpp", ("denormalize",), 2500),
 }
 
 

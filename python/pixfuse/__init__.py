@@ -17,7 +17,7 @@ from pixfuse.normalization import (
     UNIT,
     Normalization,
 )
-from pixfuse.pixels import channel_histogram, image_moments
+from pixfuse.pixels import channel_histogram, denormalize, image_moments
 
 __all__ = [
     "CIFAR10",
@@ -33,6 +33,7 @@ __all__ = [
     "UNIT",
     "Normalization",
     "channel_histogram",
+    "denormalize",
     "empty_cache",
     "image_moments",
     "info",

@@ -122,6 +122,35 @@ def _image_moments_fake(
     return sums, torch.empty_like(sums)
 
 
+def nhwc_shape(shape: Any) -> tuple[Any, ...]:
+    """(N, H, W, C) of (N, C, H, W), or (H, W, C) of (C, H, W)."""
+    return (*shape[:-3], *shape[-2:], shape[-3])
+
+
+@torch.library.register_fake("pixfuse::denormalize")
+def _denormalize_fake(
+    values: torch.Tensor, mean: list[float], std: list[float], output_layout: int, count: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    nhwc = output_layout == LAYOUT_CODES["NHWC"]
+    shape = nhwc_shape(values.shape) if nhwc else values.shape
+    return (
+        values.new_empty(shape, dtype=torch.uint8),
+        values.new_empty((2 if count else 0,), dtype=torch.int64),
+    )
+
+
+@torch.library.register_fake("pixfuse::denormalize_out")
+def _denormalize_out_fake(
+    values: torch.Tensor,
+    mean: list[float],
+    std: list[float],
+    output_layout: int,
+    count: bool,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    return values.new_empty((2 if count else 0,), dtype=torch.int64)
+
+
 def available_isas() -> tuple[str, ...]:
     """The instruction sets that this machine can run, from portable to best."""
     return tuple(name for name, code in ISA_CODES.items() if torch.ops.pixfuse.isa_available(code))

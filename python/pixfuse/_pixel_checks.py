@@ -168,3 +168,18 @@ def _pillow_pixels(function: str, name: str, image: Any) -> np.ndarray:
         )
     pixels = np.asarray(image)
     return pixels[:, :, : _PILLOW_CHANNELS[image.mode]] if pixels.ndim == 3 else pixels
+
+
+def share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether the byte ranges that two tensors span overlap."""
+    (a_begin, a_end), (b_begin, b_end) = _span(a), _span(b)
+    return a_begin < b_end and b_begin < a_end
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    begin = tensor.data_ptr()
+    if tensor.numel() == 0:
+        return begin, begin
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    last = sum((size - 1) * stride for size, stride in steps)
+    return begin, begin + (last + 1) * tensor.element_size()

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
 
-from pixfuse._library import LAYOUT_CODES
-from pixfuse._pixel_checks import check_images, is_pillow, read_image
+from pixfuse._library import DTYPE_CODES, LAYOUT_CODES, nhwc_shape
+from pixfuse._pixel_checks import (
+    check_choice,
+    check_device,
+    check_images,
+    is_pillow,
+    read_image,
+    share_memory,
+)
+from pixfuse.normalization import Normalization
 
 #: A batch, an image, or a list of images of any sizes (Pillow images are not named: optional).
 Images = torch.Tensor | np.ndarray | Sequence[Any]
@@ -106,6 +114,147 @@ def image_moments(
         for pixels in _read_list("image_moments", images, input_layout)
     ]
     return torch.cat([sums for sums, _ in found]), torch.cat([squares for _, squares in found])
+
+
+@overload
+def denormalize(
+    tensor: torch.Tensor,
+    normalization: Normalization,
+    *,
+    output_layout: Literal["NCHW", "NHWC"] = ...,
+    out: torch.Tensor | None = ...,
+    return_counts: Literal[False] = ...,
+) -> torch.Tensor: ...
+
+
+@overload
+def denormalize(
+    tensor: torch.Tensor,
+    normalization: Normalization,
+    *,
+    output_layout: Literal["NCHW", "NHWC"] = ...,
+    out: torch.Tensor | None = ...,
+    return_counts: Literal[True],
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+def denormalize(
+    tensor: torch.Tensor,
+    normalization: Normalization,
+    *,
+    output_layout: Literal["NCHW", "NHWC"] = "NCHW",
+    out: torch.Tensor | None = None,
+    return_counts: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Turn normalized floats back into uint8 pixels in one pass over memory.
+
+    Formula: ``y = x * f32(255 * std[c]) + f32(255 * mean[c])`` in float32, the product and the sum
+    each rounded; then clamped to 0 to 255 and rounded to the nearest whole number, half to even. A
+    NaN becomes 0, an infinity 0 or 255. 16-bit values are widened first, which is exact. The same
+    input gives the same bits on every instruction set, thread count, layout and device.
+
+    ``denormalize(normalize(images, n), n)`` is ``images``, for all 256 values, every preset and
+    every rounding, in float32: the tests try them all. In bfloat16 a few values of some presets
+    come back as a neighbour: ``docs/round_trip.md`` says which.
+
+    Args:
+        tensor: float32, float16 or bfloat16 (CPU or CUDA), of shape (N, C, H, W) or (C, H, W), in
+            the units of ``normalization``; any values and any strides; read in place. Gradients end
+            here.
+        normalization: what the pixels became, e.g. ``pixfuse.SIGNED`` for tanh outputs and
+            ``pixfuse.UNIT`` for sigmoid outputs. Its rounding does not matter on the way back.
+        output_layout: the order of the dimensions of the result, ``"NCHW"`` or ``"NHWC"``.
+        out: where to write: a contiguous uint8 tensor of the result's shape and device that shares
+            no memory with ``tensor``.
+        return_counts: whether to count too, see below.
+
+    Returns:
+        A contiguous uint8 tensor of shape (N, C, H, W) or (C, H, W), with ``output_layout="NHWC"``
+        of (N, H, W, C) or (H, W, C), on the device of ``tensor``; ``out`` if given. With
+        ``return_counts`` a pair of it and an int64 tensor of shape (2,): how many finite values
+        were clamped, since they round to a whole number outside of 0 to 255, and how many values
+        were not finite.
+
+    Raises:
+        TypeError: a wrong type or dtype.
+        ValueError: a wrong shape, layout or channel count, or an ``out`` that does not fit.
+        NotImplementedError: a device or tensor layout that has no kernel.
+
+    Equivalent to::
+
+        torch.nan_to_num(tensor.float() * scale + offset, nan=0).clamp(0, 255).round().byte()
+
+    with ``scale = torch.tensor([255 * s for s in normalization.std]).view(-1, 1, 1)`` and
+    ``offset = torch.tensor([255 * m for m in normalization.mean]).view(-1, 1, 1)``.
+
+    Source:
+        The inverse of :func:`pixfuse.normalize`. The CUDA kernel has not yet run on a GPU.
+    """
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(
+            f"denormalize: expected tensor to be a torch.Tensor, got {type(tensor).__name__}"
+        )
+    if tensor.dtype not in DTYPE_CODES:
+        raise TypeError(
+            "denormalize: expected tensor of dtype torch.float32, float16 or bfloat16, got "
+            f"{tensor.dtype}"
+        )
+    check_device("denormalize", "tensor", tensor)
+    if tensor.ndim not in (3, 4):
+        raise ValueError(
+            "denormalize: expected tensor of shape (N, C, H, W) or (C, H, W), got "
+            f"{tuple(tensor.shape)}"
+        )
+    if not isinstance(normalization, Normalization):
+        raise TypeError(
+            "denormalize: expected normalization to be a pixfuse.Normalization, got "
+            f"{type(normalization).__name__}; use pixfuse.Normalization(mean, std)"
+        )
+    count = len(normalization.mean)
+    if count not in (1, tensor.shape[-3]):
+        raise ValueError(
+            f"denormalize: expected tensor of {count} channels, as mean and std have {count} "
+            f"values, got {tensor.shape[-3]} channels in shape {tuple(tensor.shape)}"
+        )
+    layout_code = check_choice("denormalize", "output_layout", output_layout, LAYOUT_CODES)
+    tensor = tensor.detach()
+    if out is None:
+        result, counts = torch.ops.pixfuse.denormalize.default(
+            tensor, normalization.mean, normalization.std, layout_code, return_counts
+        )
+        return (result, counts) if return_counts else result
+    _check_bytes_out(out, tensor, output_layout)
+    counts = torch.ops.pixfuse.denormalize_out.default(
+        tensor, normalization.mean, normalization.std, layout_code, return_counts, out
+    )
+    if not torch.compiler.is_compiling() and not out.is_inference():
+        torch.autograd.graph.increment_version(out)  # as torch's own functions with out= do
+    return (out, counts) if return_counts else out
+
+
+def _check_bytes_out(out: torch.Tensor, tensor: torch.Tensor, output_layout: str) -> None:
+    if not isinstance(out, torch.Tensor):
+        raise TypeError(f"denormalize: expected out to be a torch.Tensor, got {type(out).__name__}")
+    if out.dtype is not torch.uint8:
+        raise TypeError(f"denormalize: expected out of dtype torch.uint8, got {out.dtype}")
+    if out.device != tensor.device:
+        raise ValueError(
+            f"denormalize: expected out on the device of tensor ({tensor.device}), got {out.device}"
+        )
+    shape = nhwc_shape(tensor.shape) if output_layout == "NHWC" else tuple(tensor.shape)
+    if tuple(out.shape) != shape:
+        raise ValueError(
+            f"denormalize: expected out of shape {shape}, as output_layout is {output_layout!r}, "
+            f"got {tuple(out.shape)}"
+        )
+    if out.layout is not torch.strided or not out.is_contiguous():
+        raise ValueError(
+            "denormalize: expected out to be contiguous, got "
+            + (f"strides {out.stride()}" if out.layout is torch.strided else f"layout {out.layout}")
+        )
+    # Addresses cannot be traced; the operator asserts the same.
+    if not torch.compiler.is_compiling() and share_memory(tensor, out):
+        raise ValueError("denormalize: expected out to share no memory with tensor, got an overlap")
 
 
 def _is_list(images: object) -> bool:

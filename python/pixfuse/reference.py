@@ -98,6 +98,47 @@ def image_moments(
     return torch.cat(sums), torch.cat(squares)
 
 
+def denormalize(
+    tensor: torch.Tensor,
+    normalization: Normalization,
+    *,
+    output_layout: str = "NCHW",
+    return_counts: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Do what :func:`pixfuse.denormalize` does, in plain torch operations.
+
+    Args:
+        tensor: float32, float16 or bfloat16, (N, C, H, W) or (C, H, W).
+        normalization: what the pixels became.
+        output_layout: ``"NCHW"`` or ``"NHWC"``.
+        return_counts: whether to count clamped and non-finite values too.
+
+    Returns:
+        A contiguous uint8 tensor in ``output_layout``; with ``return_counts`` also an int64 tensor
+        of the two counts.
+
+    Raises:
+        Nothing of its own: arguments are taken as they come.
+    """
+
+    def per_channel(values: list[float]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=tensor.device).view(-1, 1, 1)
+
+    values = tensor.detach().to(torch.float32)
+    scale = per_channel([255.0 * s for s in normalization.std])
+    offset = per_channel([255.0 * m for m in normalization.mean])
+    scaled = values * scale
+    pixels = scaled + offset
+    nearest = torch.round(pixels)  # half to even
+    outside = torch.isfinite(values) & ((nearest < 0) | (nearest > 255))
+    counts = torch.stack([outside.sum(), (~torch.isfinite(values)).sum()])
+    result = torch.nan_to_num(nearest.clamp(0, 255), nan=0.0).to(torch.uint8)
+    if output_layout == "NHWC":
+        result = result.movedim(-3, -1)
+    result = result.contiguous()
+    return (result, counts) if return_counts else result
+
+
 def _images_as_nchw(
     images: torch.Tensor | np.ndarray | Sequence[torch.Tensor | np.ndarray], input_layout: str
 ) -> Iterator[torch.Tensor]:
