@@ -3,6 +3,7 @@
 from pixfuse import reference
 from pixfuse._library import empty_cache, info
 from pixfuse.functional import normalize
+from pixfuse.loader import DeviceLoader
 from pixfuse.normalization import (
     CIFAR10,
     CIFAR100,
@@ -30,6 +31,7 @@ __all__ = [
     "SIGNED",
     "SVHN",
     "UNIT",
+    "DeviceLoader",
     "Normalization",
     "empty_cache",
     "info",
