@@ -2,6 +2,7 @@
 
 from pixfuse import reference
 from pixfuse._library import empty_cache, info
+from pixfuse.collate import Collate
 from pixfuse.functional import crop_mirror_normalize, normalize
 from pixfuse.loader import DeviceLoader
 from pixfuse.normalization import (
@@ -31,6 +32,7 @@ __all__ = [
     "SIGNED",
     "SVHN",
     "UNIT",
+    "Collate",
     "DeviceLoader",
     "Normalization",
     "crop_mirror_normalize",
