@@ -234,6 +234,8 @@ def test_gray_arrays_in_a_list() -> None:
         ("RGBA", "RGBA"),
         ("P", "RGB"),
         ("LA", "RGBA"),
+        ("La", "RGBA"),
+        ("RGBa", "RGBA"),
         ("PA", "RGBA"),
         ("CMYK", "RGB"),
         ("YCbCr", "RGB"),
@@ -246,8 +248,8 @@ def test_pillow_modes(mode: str, like: str) -> None:
     if mode in ("LAB", "PA", "RGBX"):
         image = PIL.Image.new(mode, (11, 9), 5 if mode == "PA" else (5, 200, 30, 9)[: len(mode)])
     else:
-        image = color.convert(mode)
-    converted = image.convert(like)
+        image = color.convert("RGBA").convert({"La": "LA"}.get(mode, mode)).convert(mode)
+    converted = (image.convert("LA") if mode == "La" else image).convert(like)
     pixels = np.asarray(converted)
     expected = pixfuse.reference.channel_histogram([pixels])
     assert torch.equal(pixfuse.channel_histogram([image]), expected)

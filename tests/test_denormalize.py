@@ -314,7 +314,7 @@ BAD_CALLS: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception], str]] 
     "array": (
         lambda: {"tensor": VALUES.numpy()},
         TypeError,
-        r"tensor to be a torch.Tensor, got ndarrayarray",
+        r"tensor to be a torch.Tensor, got ndarray",
     ),
     "float64": (
         lambda: {"tensor": VALUES.double()},
@@ -355,7 +355,7 @@ BAD_CALLS: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception], str]] 
     "out type": (
         lambda: {"out": PIXELS.numpy()},
         TypeError,
-        r"out to be a torch.Tensor, got numpy",
+        r"out to be a torch.Tensor, got ndarray",
     ),
     "out dtype": (lambda: {"out": VALUES}, TypeError, r"out of dtype torch.uint8, got torch.float"),
     "out device": (

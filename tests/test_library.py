@@ -153,6 +153,7 @@ PUBLIC_FUNCTIONS: dict[str, Callable[..., object]] = {
     "channel_histogram": pixfuse.channel_histogram,
     "denormalize": pixfuse.denormalize,
     "image_moments": pixfuse.image_moments,
+    "crop_mirror_normalize": pixfuse.crop_mirror_normalize,
     "normalize": pixfuse.normalize,
     "Normalization": pixfuse.Normalization,
     "empty_cache": pixfuse.empty_cache,

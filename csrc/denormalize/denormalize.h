@@ -5,7 +5,7 @@
 #pragma once
 #include <stdint.h>
 
-#include "common/float_type.h"
+#include "common/element_type.h"
 #include "common/parallel_for.h"
 
 namespace pixfuse {
@@ -31,7 +31,7 @@ struct DenormalizeArgs {
   int64_t sizes[4];
   int64_t value_strides[4];
   int64_t output_strides[4];
-  FloatType dtype;               // of the values
+  ElementType dtype;             // of the values
   const ChannelScale* channels;  // [C], in host memory
   int64_t* tallies;              // [Tally::count], added to; or null: nothing is counted
 };

@@ -24,9 +24,9 @@ struct DenormalizeCall {
     const ScalarType dtype = values.scalar_type();
     check(dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
           kName, "tensor of dtype float32, float16 or bfloat16");
-    args.dtype = dtype == ScalarType::Float  ? FloatType::float32
-                 : dtype == ScalarType::Half ? FloatType::float16
-                                             : FloatType::bfloat16;
+    args.dtype = dtype == ScalarType::Float  ? ElementType::float32
+                 : dtype == ScalarType::Half ? ElementType::float16
+                                             : ElementType::bfloat16;
     const TensorView view = view_images(kName, values, 0, "tensor");
     check(output_layout == 0 || output_layout == 1, kName, "output_layout 0 (NCHW) or 1 (NHWC)");
     rank = view.rank;

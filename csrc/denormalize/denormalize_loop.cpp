@@ -228,12 +228,14 @@ void denormalize_blocks(const DenormalizeArgs& args, int64_t first, int64_t last
 
 void denormalize_loop(const DenormalizeArgs& args, int64_t first, int64_t last) {
   switch (args.dtype) {
-    case FloatType::float32:
+    case ElementType::float32:
       return denormalize_blocks<float>(args, first, last);
-    case FloatType::float16:
+    case ElementType::float16:
       return denormalize_blocks<Float16>(args, first, last);
-    case FloatType::bfloat16:
+    case ElementType::bfloat16:
       return denormalize_blocks<BFloat16>(args, first, last);
+    case ElementType::uint8:
+      return;  // not asked for: the operator refuses it
   }
 }
 

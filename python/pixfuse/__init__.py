@@ -2,7 +2,9 @@
 
 from pixfuse import reference
 from pixfuse._library import empty_cache, info
-from pixfuse.functional import normalize
+from pixfuse.collate import Collate
+from pixfuse.functional import crop_mirror_normalize, normalize
+from pixfuse.loader import DeviceLoader
 from pixfuse.normalization import (
     CIFAR10,
     CIFAR100,
@@ -31,8 +33,11 @@ __all__ = [
     "SIGNED",
     "SVHN",
     "UNIT",
+    "Collate",
+    "DeviceLoader",
     "Normalization",
     "channel_histogram",
+    "crop_mirror_normalize",
     "denormalize",
     "empty_cache",
     "image_moments",

@@ -19,7 +19,7 @@ _PILLOW_MODES = {
     "HSV": "RGB",
     "PA": "RGBA",
     "LA": "RGBA",
-    "La": "RGBA",
+    "La": "LA",  # and that to RGBA: Pillow has no direct way
     "RGBa": "RGBA",
 }
 _PILLOW_CHANNELS = {"L": 1, "RGB": 3, "RGBX": 3, "RGBA": 4}
@@ -161,6 +161,8 @@ def _pillow_pixels(function: str, name: str, image: Any) -> np.ndarray:
         image = image.convert("RGBA" if "transparency" in image.info else "RGB")
     elif mode in _PILLOW_MODES:
         image = image.convert(_PILLOW_MODES[mode])
+        if image.mode == "LA":
+            image = image.convert("RGBA")
     elif mode not in _PILLOW_CHANNELS:
         raise TypeError(
             f"{function}: expected {name} of a mode with 8 bits per channel, got {mode!r}, which "
@@ -168,18 +170,3 @@ def _pillow_pixels(function: str, name: str, image: Any) -> np.ndarray:
         )
     pixels = np.asarray(image)
     return pixels[:, :, : _PILLOW_CHANNELS[image.mode]] if pixels.ndim == 3 else pixels
-
-
-def share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether the byte ranges that two tensors span overlap."""
-    (a_begin, a_end), (b_begin, b_end) = _span(a), _span(b)
-    return a_begin < b_end and b_begin < a_end
-
-
-def _span(tensor: torch.Tensor) -> tuple[int, int]:
-    begin = tensor.data_ptr()
-    if tensor.numel() == 0:
-        return begin, begin
-    steps = zip(tensor.shape, tensor.stride(), strict=True)
-    last = sum((size - 1) * stride for size, stride in steps)
-    return begin, begin + (last + 1) * tensor.element_size()

@@ -8,6 +8,7 @@ from typing import Any, Literal, overload
 import numpy as np
 import torch
 
+from pixfuse._checks import share_memory
 from pixfuse._library import DTYPE_CODES, LAYOUT_CODES, nhwc_shape
 from pixfuse._pixel_checks import (
     check_choice,
@@ -15,7 +16,6 @@ from pixfuse._pixel_checks import (
     check_images,
     is_pillow,
     read_image,
-    share_memory,
 )
 from pixfuse.normalization import Normalization
 

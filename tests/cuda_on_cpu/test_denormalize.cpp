@@ -21,10 +21,11 @@
 
 namespace {
 
-using pixfuse::FloatType;
+using pixfuse::ElementType;
 constexpr int N = 0, C = 1, H = 2, W = 3;
 using Four = std::array<int64_t, 4>;
-constexpr FloatType kTypes[] = {FloatType::float32, FloatType::float16, FloatType::bfloat16};
+constexpr ElementType kTypes[] = {ElementType::float32, ElementType::float16,
+                                  ElementType::bfloat16};
 
 int64_t calls = 0, failures = 0;
 
@@ -75,26 +76,26 @@ float value_of(uint16_t bits, int exponent_bits) {
                            exponent - bias - fraction_bits);
 }
 
-float load(FloatType dtype, const uint8_t* element) {
-  if (dtype == FloatType::float32) {
+float load(ElementType dtype, const uint8_t* element) {
+  if (dtype == ElementType::float32) {
     float value;
     std::memcpy(&value, element, sizeof value);
     return value;
   }
   uint16_t bits;
   std::memcpy(&bits, element, sizeof bits);
-  return value_of(bits, dtype == FloatType::float16 ? 5 : 8);
+  return value_of(bits, dtype == ElementType::float16 ? 5 : 8);
 }
 
 float scale_of(int64_t c) { return 64.0f + 0.37f * static_cast<float>(c); }
 float offset_value(int64_t c) { return 120.0f - 0.3f * static_cast<float>(c); }
 
 // `random` bits: as 16-bit floats any, as float32 mostly values around the range.
-void store_random(FloatType dtype, uint8_t* element) {
+void store_random(ElementType dtype, uint8_t* element) {
   static uint32_t state = 1;
   state = state * 1664525u + 1013904223u;
   uint32_t bits = state ^ state >> 16;
-  if (dtype == FloatType::float32 && state >> 29 != 0) {
+  if (dtype == ElementType::float32 && state >> 29 != 0) {
     const float value = static_cast<float>(static_cast<int32_t>(state)) * 0x1p-29f;
     std::memcpy(&bits, &value, sizeof bits);
   }
@@ -104,7 +105,7 @@ void store_random(FloatType dtype, uint8_t* element) {
 struct Case {
   std::string name;
   Four sizes, value_strides, output_strides;
-  FloatType dtype;
+  ElementType dtype;
 };
 
 void fail(const Case& test, const std::string& what) {
@@ -182,7 +183,7 @@ void check(const Case& test, int64_t output_offset = 0,
 }
 
 void test_values() {
-  for (const FloatType dtype : {FloatType::float16, FloatType::bfloat16}) {
+  for (const ElementType dtype : {ElementType::float16, ElementType::bfloat16}) {
     std::vector<uint8_t> content(2 * 65536);
     for (uint32_t i = 0; i < 65536; ++i) std::memcpy(&content[2 * i], &i, 2);
     const Four s = {1, 1, 256, 256};
@@ -201,7 +202,7 @@ void test_values() {
   std::vector<uint8_t> content(4 * near.size());
   std::memcpy(content.data(), near.data(), content.size());
   const Four s = {1, 1, 1, static_cast<int64_t>(near.size())};
-  check({"around every step", s, planar(s), planar(s), FloatType::float32}, 0, &content);
+  check({"around every step", s, planar(s), planar(s), ElementType::float32}, 0, &content);
 }
 
 void test_sizes(const std::vector<int64_t>& widths, const std::vector<int64_t>& channel_counts) {
@@ -233,7 +234,7 @@ void test_alignment() {
         for (const bool pixels : {false, true}) {
           const Four s = {2, c, 2, w};
           check({"alignment", s, planar(s), pixels ? interleaved(s, 3) : planar(s, 3),
-                 FloatType::float32},
+                 ElementType::float32},
                 offset);
         }
 }
@@ -251,7 +252,7 @@ void test_far() {
   for (size_t d = 0; d < 4; ++d)
     for (const bool far_output : {false, true}) {
       if (far_output && d == W) continue;
-      Case test{"far", s, planar(s), interleaved(s), FloatType::bfloat16};
+      Case test{"far", s, planar(s), interleaved(s), ElementType::bfloat16};
       if (far_output) test.output_strides = planar(s);
       (far_output ? test.output_strides : test.value_strides)[d] = far;
       const int64_t in = extent(s, test.value_strides) * 2, out = extent(s, test.output_strides);

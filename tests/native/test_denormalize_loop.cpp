@@ -73,22 +73,22 @@ float value_of(uint16_t bits, int exponent_bits) {
                            exponent - bias - fraction_bits);
 }
 
-float load(FloatType dtype, const uint8_t* element) {
-  if (dtype == FloatType::float32) {
+float load(ElementType dtype, const uint8_t* element) {
+  if (dtype == ElementType::float32) {
     float value;
     std::memcpy(&value, element, sizeof value);
     return value;
   }
   uint16_t bits;
   std::memcpy(&bits, element, sizeof bits);
-  return value_of(bits, dtype == FloatType::float16 ? 5 : 8);
+  return value_of(bits, dtype == ElementType::float16 ? 5 : 8);
 }
 
 // Any bits as 16-bit floats; as float32 mostly values around the range, some of any bits.
-void fill(FloatType dtype, uint8_t* element) {
+void fill(ElementType dtype, uint8_t* element) {
   uint32_t bits = 0;
   for (int i = 0; i < 4; ++i) bits = bits << 8 | next_byte();
-  if (dtype == FloatType::float32 && next_byte() % 8 != 0) {
+  if (dtype == ElementType::float32 && next_byte() % 8 != 0) {
     const float value = static_cast<float>(static_cast<int32_t>(bits)) * 0x1p-29f;
     std::memcpy(&bits, &value, sizeof bits);
   }
@@ -120,7 +120,7 @@ void set_strides(int64_t (&strides)[4], const int64_t (&sizes)[4], Layout layout
   }
 }
 
-bool run(Isa isa, FloatType dtype, const int64_t (&sizes)[4], Layout layout, bool nhwc,
+bool run(Isa isa, ElementType dtype, const int64_t (&sizes)[4], Layout layout, bool nhwc,
          bool at_end) {
   DenormalizeArgs args{};
   std::memcpy(args.sizes, sizes, sizeof sizes);
@@ -185,7 +185,8 @@ bool run(Isa isa, FloatType dtype, const int64_t (&sizes)[4], Layout layout, boo
 }
 
 bool run_all_on(Isa isa, int64_t& cases) {
-  for (const FloatType dtype : {FloatType::float32, FloatType::float16, FloatType::bfloat16})
+  for (const ElementType dtype :
+       {ElementType::float32, ElementType::float16, ElementType::bfloat16})
     for (const int64_t channels : {1, 2, 3, 4, 5, 16, 17})
       for (const int64_t width : {1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 63, 65, 129, 1025})
         for (int layout = 0; layout < static_cast<int>(Layout::count); ++layout)
@@ -198,7 +199,7 @@ bool run_all_on(Isa isa, int64_t& cases) {
             ++cases;
           }
   for (const bool nhwc : {false, true}) {  // several parts
-    if (!run(isa, FloatType::float32, {3, 3, 101, 203}, Layout::padded_rows, nhwc, true))
+    if (!run(isa, ElementType::float32, {3, 3, 101, 203}, Layout::padded_rows, nhwc, true))
       return false;
     ++cases;
   }
