@@ -35,6 +35,7 @@ from tests.test_cuda_on_cpu import (
 OPERATORS = {
     "channel_histogram": ("shapes", "far"),
     "denormalize": ("values", "shapes", "far"),
+    "standardize_per_image": ("shapes", "far", "large"),
 }
 
 
@@ -107,6 +108,7 @@ def test_no_races(builds: Toolchain, program: Program, order: str) -> None:
 
 HISTOGRAM = "channel_histogram"
 DENORMALIZE = "denormalize"
+STANDARDIZE = "standardize_per_image"
 
 PLANTED = (
     Planted(
@@ -389,6 +391,105 @@ PLANTED = (
         RACE,
         "few",
         "uninitialized shared memory",
+    ),
+    Planted(
+        "no_barrier",
+        STANDARDIZE,
+        "__syncthreads();",
+        "",
+        RACE,
+        "few",
+        "race on shared memory|uninitialized shared memory",
+    ),
+    Planted(
+        "barrier_in_a_branch",
+        STANDARDIZE,
+        "__syncthreads();",
+        "if (threadIdx.x < p.channels) __syncthreads();",
+        VALUES,
+        "shapes",
+        UNREACHED,
+    ),
+    Planted(
+        "last_constant_left_out",
+        STANDARDIZE,
+        "if (threadIdx.x < p.channels)",
+        "if (threadIdx.x + 1 < p.channels)",
+        RACE,
+        "few",
+        "uninitialized shared memory",
+    ),
+    Planted(
+        "write_past_the_end",
+        STANDARDIZE,
+        "const int64_t values = p.pixels * p.channels;",
+        "const int64_t values = p.pixels * p.channels + 1;",
+        SANITIZED,
+        "shapes",
+        "heap-buffer-overflow|out of bounds",
+    ),
+    Planted(
+        "blocks_that_overlap",
+        STANDARDIZE,
+        "blockIdx.x % p.blocks_per_image) * kThreads;",
+        "blockIdx.x % p.blocks_per_image) * (kThreads - 1);",
+        RACE,
+        "few",
+        "race on global memory",
+    ),
+    Planted(
+        "cancellation",
+        STANDARDIZE,
+        "low[threadIdx.x] = constants.center_low;",
+        "low[threadIdx.x] = 0.0;",
+        VALUES,
+        "large",
+        WRONG_VALUE,
+    ),
+    Planted(
+        "float_instead_of_double",
+        STANDARDIZE,
+        "__double2float_rn(__dmul_rn(centered, inverse_width[channel]))",
+        "__fmul_rn(static_cast<float>(centered), static_cast<float>(inverse_width[channel]))",
+        VALUES,
+        "shapes",
+        WRONG_VALUE,
+    ),
+    Planted(
+        "count_of_one_channel",
+        STANDARDIZE,
+        "count *= p.all_channels;",
+        "",
+        VALUES,
+        "shapes",
+        WRONG_VALUE,
+    ),
+    Planted(
+        "channels_of_the_first_launch",
+        STANDARDIZE,
+        "p.first_channel + threadIdx.x;",
+        "threadIdx.x;",
+        VALUES,
+        "shapes",
+        WRONG_VALUE,
+    ),
+    Planted(
+        "offset_of_32_bits",
+        STANDARDIZE,
+        "image + channel * p.image_strides[1] +",
+        "image + static_cast<int>(channel * p.image_strides[1]) +",
+        VALUES,
+        "far",
+        WRONG_VALUE,
+    ),
+    Planted(
+        "half_towards_zero",
+        STANDARDIZE,
+        "__float2half_rn(value)",
+        "__float2half_rz(value)",
+        VALUES,
+        "shapes",
+        WRONG_VALUE,
     ),
 )
 

@@ -153,6 +153,7 @@ PUBLIC_FUNCTIONS: dict[str, Callable[..., object]] = {
     "channel_histogram": pixfuse.channel_histogram,
     "denormalize": pixfuse.denormalize,
     "image_moments": pixfuse.image_moments,
+    "standardize_per_image": pixfuse.standardize_per_image,
     "crop_mirror_normalize": pixfuse.crop_mirror_normalize,
     "normalize": pixfuse.normalize,
     "Normalization": pixfuse.Normalization,
@@ -161,6 +162,7 @@ PUBLIC_FUNCTIONS: dict[str, Callable[..., object]] = {
     "reference.channel_histogram": pixfuse.reference.channel_histogram,
     "reference.denormalize": pixfuse.reference.denormalize,
     "reference.image_moments": pixfuse.reference.image_moments,
+    "reference.standardize_per_image": pixfuse.reference.standardize_per_image,
     "reference.normalize": pixfuse.reference.normalize,
 }
 

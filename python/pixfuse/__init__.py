@@ -19,7 +19,12 @@ from pixfuse.normalization import (
     UNIT,
     Normalization,
 )
-from pixfuse.pixels import channel_histogram, denormalize, image_moments
+from pixfuse.pixels import (
+    channel_histogram,
+    denormalize,
+    image_moments,
+    standardize_per_image,
+)
 
 __all__ = [
     "CIFAR10",
@@ -44,4 +49,5 @@ __all__ = [
     "info",
     "normalize",
     "reference",
+    "standardize_per_image",
 ]

@@ -153,6 +153,22 @@ def _denormalize_out_fake(
     return values.new_empty((2 if count else 0,), dtype=torch.int64)
 
 
+@torch.library.register_fake("pixfuse::standardize_per_image")
+def _standardize_per_image_fake(
+    images: torch.Tensor,
+    per_channel: bool,
+    floor: float,
+    input_layout: int,
+    dtype: int,
+    memory_format: int,
+) -> torch.Tensor:
+    nchw = view_as_nchw(images, input_layout)
+    channels_last = resolve_channels_last(nchw, _key(MEMORY_FORMAT_CODES, memory_format))
+    return images.new_empty_strided(
+        nchw.shape, dense_strides(nchw.shape, channels_last), dtype=_key(DTYPE_CODES, dtype)
+    )
+
+
 @torch.library.register_fake("pixfuse::crop_mirror_normalize")
 def _crop_mirror_normalize_fake(
     images: list[torch.Tensor],

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal, SupportsFloat, overload
 
 import numpy as np
 import torch
 
 from pixfuse._checks import share_memory
-from pixfuse._library import DTYPE_CODES, LAYOUT_CODES, nhwc_shape
+from pixfuse._library import DTYPE_CODES, LAYOUT_CODES, MEMORY_FORMAT_CODES, nhwc_shape
 from pixfuse._pixel_checks import (
     check_choice,
     check_device,
@@ -230,6 +231,109 @@ def denormalize(
     if not torch.compiler.is_compiling() and not out.is_inference():
         torch.autograd.graph.increment_version(out)  # as torch's own functions with out= do
     return (out, counts) if return_counts else out
+
+
+def standardize_per_image(
+    images: torch.Tensor | np.ndarray,
+    per_channel: bool = False,
+    floor: Literal["tensorflow"] | float = "tensorflow",
+    input_layout: Literal["NCHW", "NHWC"] = "NCHW",
+    dtype: torch.dtype = torch.float32,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> torch.Tensor:
+    """Bring every image to mean 0 and std 1, by its own mean and std.
+
+    Formula: ``(x - mean) / max(std, floor)``, with the mean and std (over all values, not one less)
+    of all values of the image, or of each channel. The sums are whole numbers, so nothing cancels
+    and their order does not matter. From them, in float64 and each step rounded: ``std =
+    sqrt(f64(n * sum(x**2) - sum(x)**2)) / n`` of ``n`` values, and ``((x - f64(mean)) - rest) * (1
+    / max(std, floor))`` with the rest of the mean that its float64 drops; then rounded to float32:
+    the nearest float32, but where the real number is within a relative 2**-50 of the middle between
+    two. The same bits on every instruction set, thread count, layout, batch and device.
+
+    The floor keeps the noise of a flat image from being blown up: without one, a sky whose pixels
+    differ by 1 would get the contrast of a photograph, and a single color would be divided by 0.
+
+    Args:
+        images: uint8 tensor (CPU or CUDA) or numpy array, values 0 to 255, of shape (N, C, H, W) or
+            (C, H, W); with ``input_layout="NHWC"`` of shape (N, H, W, C) or (H, W, C). Any
+            strides; read in place.
+        per_channel: False: one mean and std for all channels of an image, which keeps its colors;
+            True: one of each channel, which balances them.
+        floor: the least std to divide by, in units of 0 to 255: ``"tensorflow"`` for
+            ``1 / sqrt(n)``, which changes single-colored images and next to nothing else; or a
+            number above 0, e.g. 1.0 to leave differences of less than a step of the bytes small.
+        input_layout: the order of the dimensions of ``images``, ``"NCHW"`` or ``"NHWC"``.
+        dtype: ``torch.float32``, or ``torch.float16`` or ``torch.bfloat16``: the float32 result
+            rounded once, half to even.
+        memory_format: of the result: ``torch.contiguous_format``, ``torch.channels_last`` (for
+            3 dimensions too: the channels of a pixel side by side), or ``torch.preserve_format``
+            (channels-last when the channels of ``images`` lie side by side).
+
+    Returns:
+        A tensor of shape (N, C, H, W) or (C, H, W), of ``dtype``, dense in ``memory_format``, on
+        the device of ``images``.
+
+    Raises:
+        TypeError: a wrong type or dtype.
+        ValueError: a wrong shape, layout, floor or memory format.
+        NotImplementedError: a device or tensor layout that has no kernel.
+
+    Equivalent to::
+
+        x = images.double().flatten(-3)
+        x = x - x.mean(-1, keepdim=True)
+        std = x.square().mean(-1, keepdim=True).sqrt()
+        x = (x / std.clamp(min=x.shape[-1] ** -0.5)).view(images.shape).float()
+
+    up to the last bit.
+
+    Source:
+        TensorFlow ``tf.image.per_image_standardization``, which computes in float32. The CUDA
+        kernels have not yet run on a GPU.
+    """
+    name = "standardize_per_image"
+    tensor, layout_code = check_images(name, images, input_layout)
+    if not isinstance(per_channel, bool):
+        raise TypeError(
+            f"{name}: expected per_channel to be True or False, got {type(per_channel).__name__}"
+        )
+    if isinstance(floor, str):
+        if floor != "tensorflow":
+            raise ValueError(
+                f"{name}: expected floor to be 'tensorflow' or a number above 0, got {floor!r}"
+            )
+        least = 0.0  # the operator's name for it
+    elif isinstance(floor, bool) or not isinstance(floor, SupportsFloat):
+        raise TypeError(
+            f"{name}: expected floor to be 'tensorflow' or a number above 0, got "
+            f"{type(floor).__name__}"
+        )
+    else:
+        least = float(floor)
+        if not (math.isfinite(least) and least >= _LEAST_FLOOR):
+            raise ValueError(
+                f"{name}: expected floor to be 'tensorflow' or a number above 0 (finite, "
+                f"{_LEAST_FLOOR:g} or more), in units of 0 to 255, got {floor}"
+            )
+    dtype_code = DTYPE_CODES.get(dtype)
+    if dtype_code is None:
+        raise TypeError(
+            f"{name}: expected dtype to be torch.float32, float16 or bfloat16, got {dtype}"
+        )
+    memory_format_code = MEMORY_FORMAT_CODES.get(memory_format)
+    if memory_format_code is None:
+        raise ValueError(
+            f"{name}: expected memory_format to be torch.contiguous_format, channels_last or "
+            f"preserve_format, got {memory_format}"
+        )
+    return torch.ops.pixfuse.standardize_per_image.default(  # type: ignore[no-any-return]
+        tensor, per_channel, least, layout_code, dtype_code, memory_format_code
+    )
+
+
+#: Of what an image can be divided by; less would serve nobody and its reciprocal overflow.
+_LEAST_FLOOR = 1e-30
 
 
 def _check_bytes_out(out: torch.Tensor, tensor: torch.Tensor, output_layout: str) -> None:

@@ -5,6 +5,7 @@ Written for reading, not for speed: each rounding is spelled out step by step.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import Any
@@ -346,3 +347,58 @@ def _images_as_nchw(
             yield torch.tensor(np.ascontiguousarray(array)).permute(2, 0, 1)
         else:
             yield image
+
+
+def standardize_per_image(
+    images: torch.Tensor | np.ndarray,
+    per_channel: bool = False,
+    floor: str | float = "tensorflow",
+    input_layout: str = "NCHW",
+    dtype: torch.dtype = torch.float32,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> torch.Tensor:
+    """Do what :func:`pixfuse.standardize_per_image` does, in plain Python and torch operations.
+
+    Args:
+        images: uint8, (N, C, H, W) or (C, H, W), or with ``input_layout="NHWC"`` channels last.
+        per_channel: whether each channel has a mean and std of its own.
+        floor: ``"tensorflow"``, or the least std to divide by.
+        input_layout: ``"NCHW"`` or ``"NHWC"``.
+        dtype: float32, float16 or bfloat16.
+        memory_format: contiguous, channels_last or preserve.
+
+    Returns:
+        A float tensor of shape (N, C, H, W) or (C, H, W) in ``memory_format``.
+
+    Raises:
+        Nothing of its own: arguments are taken as they come.
+    """
+    tensor = torch.tensor(images) if isinstance(images, np.ndarray) else images
+    pixels = view_as_nchw(tensor, LAYOUT_CODES[input_layout])
+    batch = pixels if pixels.ndim == 4 else pixels.unsqueeze(0)
+    values = torch.empty(batch.shape, dtype=torch.float32)
+    for n in range(batch.shape[0] if batch.numel() else 0):
+        for c in range(batch.shape[1]) if per_channel else [slice(None)]:
+            x = batch[n, c].to(torch.int64)
+            high, low, inverse_width = _standardization(
+                x.numel(), int(x.sum()), int((x * x).sum()), floor
+            )
+            difference = (x.to(torch.float64) - high) - low
+            values[n, c] = (difference * inverse_width).to(torch.float32)
+    values = values.view(pixels.shape).to(dtype)
+    channels_last = resolve_channels_last(pixels, memory_format)
+    out = values.new_empty_strided(values.shape, dense_strides(values.shape, channels_last))
+    return out.copy_(values)
+
+
+def _standardization(
+    count: int, total: int, squares: int, floor: str | float
+) -> tuple[float, float, float]:
+    """The mean as a sum of two floats, and one over what is divided by."""
+    mean = Fraction(total, count)
+    high = float(mean)
+    low = float(mean - Fraction(high))
+    # count**2 times the variance is a whole number; the nearest float of it.
+    std = math.sqrt(float(count * squares - total * total)) / count
+    least = 1 / math.sqrt(count) if isinstance(floor, str) else float(floor)
+    return high, low, 1 / max(std, least)
