@@ -84,7 +84,7 @@ def check(images: Any, *args: Any, device: torch.device = CPU, **options: Any) -
     )
     there = moved(images, device)
     for _ in in_turn(device):
-        ours = pixfuse.crop_mirror_normalize(there, *args, **options)
+        ours: torch.Tensor = pixfuse.crop_mirror_normalize(there, *args, **options)
         assert isinstance(ours, torch.Tensor)
         assert ours.device.type == device.type
         assert_same_bits(ours, expected)
