@@ -24,8 +24,8 @@ inline void check_dense(const Tensor& tensor, const char* name) {
 
 // (C, H, W) tensors and (n, C, H, W) batches, image by image. All lie where the first one does.
 // `most` bounds the images: a batch without memory of its own may claim any number of them.
-inline std::vector<ImageSource> sources_of(
-    const std::vector<Tensor>& images, int64_t most = std::numeric_limits<int64_t>::max()) {
+inline std::vector<ImageSource> sources_of(const std::vector<Tensor>& images,
+                                           int64_t most = std::numeric_limits<int64_t>::max()) {
   std::vector<ImageSource> sources;
   check(!images.empty(), kCropMirrorNormalize, "at least 1 tensor of images, got none");
   for (const Tensor& tensor : images) {
