@@ -73,8 +73,8 @@ int32_t pixfuse_crop_mirror_normalize(const pixfuse::CropMirrorNormalizeArgs* ar
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pixfuse, m) {
   m.def(
-      "crop_mirror_normalize(Tensor[] images, Tensor placements, int channels, int height, "
-      "int width, float[] mean, float[] std, int rounding, float[] fill, bool fill_is_output, "
+      "crop_mirror_normalize(Tensor[] images, Tensor placements, int channels, SymInt height, "
+      "SymInt width, float[] mean, float[] std, int rounding, float[] fill, bool fill_is_output, "
       "int dtype, int memory_format, bool return_mask) -> (Tensor, Tensor)");
   m.def(
       "crop_mirror_normalize_out(Tensor[] images, Tensor placements, int channels, float[] mean, "
