@@ -6,6 +6,7 @@ planted in the kernels that it must find.
 
 import ctypes
 import importlib.metadata
+import math
 import os
 import re
 import shutil
@@ -13,11 +14,15 @@ import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import pixfuse
+from pixfuse._image_input import read_images
+from pixfuse._library import ELEMENT_CODES, dense_strides
+from pixfuse._placement import placements_of
 from pixfuse.normalization import ROUNDING_CODES, Rounding
 from tests.bits import assert_same_bits
 from tests.cuda_on_cpu import toolchain
@@ -37,6 +42,7 @@ from tests.cuda_on_cpu.toolchain import (
 )
 from tests.images import LAYOUTS, all_values
 from tests.normalizations import DTYPES, EXTREMES, PRESETS, ROUNDINGS, made_up, with_rounding
+from tests.samples import SAMPLES as IMAGES_OF_EVERY_KIND
 
 ORDERS = ("forward", "reverse", "random")
 WRONG_VALUE = "wrong value"
@@ -59,6 +65,10 @@ def normalize(flavor: Flavor, kernel: Kernel = NORMALIZE) -> Program:
 
 def crop_mirror_normalize(flavor: Flavor, kernel: Kernel = CROP_MIRROR_NORMALIZE) -> Program:
     return Program(kernel, ("test_crop_mirror_normalize.cpp",), flavor)
+
+
+def crop_mirror_normalize_library(kernel: Kernel = CROP_MIRROR_NORMALIZE) -> Program:
+    return Program(kernel, ("crop_mirror_normalize_library.cpp",), LIBRARY)
 
 
 def normalize_library(kernel: Kernel = NORMALIZE) -> Program:
@@ -92,6 +102,8 @@ def programs_needed(items: list[pytest.Item]) -> Iterator[Program]:
             continue
         if "normalize_on_cpu" in item.fixturenames:
             yield normalize_library()
+        if "crop_on_cpu" in item.fixturenames:
+            yield crop_mirror_normalize_library()
         parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
         for value in parameters:
             if isinstance(value, Planted):
@@ -777,3 +789,118 @@ def test_comparison_with_reference_can_fail(builds: Toolchain, program: Program)
     assert_equals_reference(wrong, all_values(3), normalization, torch.float32)
     with pytest.raises(AssertionError, match="elements differ"):
         assert_equals_reference(wrong, all_values(3), normalization, torch.float16)
+
+
+# --- crop_mirror_normalize, called from Python ---
+
+Crop = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+
+def load_crop(library: Path) -> Crop:
+    function = ctypes.CDLL(str(library)).crop_mirror_normalize_cuda_on_cpu
+
+    def described(image: Any) -> tuple[int, ...]:
+        """Address, sizes and strides of an array or a tensor, as rows, pixels, channels."""
+        array = image.permute(1, 2, 0).numpy() if isinstance(image, torch.Tensor) else image
+        return (array.__array_interface__["data"][0], *array.shape, *array.strides)
+
+    def call(
+        images: list[Any],
+        size: tuple[int, int],
+        normalization: pixfuse.Normalization,
+        *,
+        fill: tuple[float, ...],
+        fill_space: str,
+        dtype: torch.dtype,
+        memory_format: torch.memory_format,
+        **placing: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        shape = (len(images), len(normalization.mean), *size)
+        channels_last = memory_format == torch.channels_last
+        strides = dense_strides(shape, channels_last)
+        out = torch.full((math.prod(shape),), 77, dtype=dtype).as_strided(shape, strides)
+        mask = torch.full((len(images), *size), True)
+        whole = {"anchor": (0.5, 0.5), "top": None, "left": None, **placing}
+        placements = placements_of(read_images(images), size, **whole)
+        rows = torch.tensor([described(image) for image in images])
+        per_channel = ctypes.c_double * shape[1]
+        error = function(
+            ctypes.c_void_p(rows.data_ptr()),
+            ctypes.c_void_p(placements.data_ptr()),
+            (ctypes.c_int64 * 4)(*shape),
+            (ctypes.c_int64 * 4)(*strides),
+            per_channel(*normalization.mean),
+            per_channel(*normalization.std),
+            ctypes.c_int32(normalization.rounding_code),
+            per_channel(*fill),
+            ctypes.c_bool(fill_space == "output"),
+            ctypes.c_int32(ELEMENT_CODES[dtype]),
+            ctypes.c_void_p(out.data_ptr()),
+            ctypes.c_void_p(mask.data_ptr()),
+        )
+        assert error == 0, f"CUDA error {error}"
+        return out, mask
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def crop_on_cpu(builds: Toolchain) -> Crop:
+    return load_crop(builds.build(crop_mirror_normalize_library()))
+
+
+def assert_crops_equal_reference(
+    crop: Crop, rounding: Rounding, dtype: torch.dtype, memory_format: torch.memory_format
+) -> None:
+    """Images of every kind in one batch, windows that leave them, both units of the fill."""
+    images = [
+        make(3, 11 + n % 19, 38 - n % 23) for n, make in enumerate(IMAGES_OF_EVERY_KIND.values())
+    ]
+    count = len(images)
+    for fill_space in ("input",) if dtype == torch.uint8 else ("input", "output"):
+        options: dict[str, Any] = {
+            "mirror": [n % 2 == 1 for n in range(count)],
+            "flip": [n % 3 == 1 for n in range(count)],
+            "out_of_bounds": "pad",
+            "fill": (3.0, 200.0, 77.0),
+            "fill_space": fill_space,
+            "dtype": dtype,
+            "memory_format": memory_format,
+        }
+        normalization = made_up(3, rounding)
+        result, mask = crop(images, (20, 27), normalization, **options)
+        expected, expected_mask = pixfuse.reference.crop_mirror_normalize(
+            images, (20, 27), normalization, return_mask=True, **options
+        )
+        assert_same_bits(result, expected)
+        assert_same_bits(mask, expected_mask)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.uint8])
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_crops_equal_reference(
+    crop_on_cpu: Crop, rounding: Rounding, dtype: torch.dtype, memory_format: torch.memory_format
+) -> None:
+    assert_crops_equal_reference(crop_on_cpu, rounding, dtype, memory_format)
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        crop_mirror_normalize_library(
+            replace(
+                CHEAPER,
+                replacements=(
+                    *CHEAPER.replacements,
+                    ("p.fill[c] = args.fill[first_channel + c];", "p.fill[c] = args.fill[0];"),
+                ),
+            )
+        )
+    ],
+    ids=["one_fill_for_all"],
+)
+def test_comparison_of_crops_with_reference_can_fail(builds: Toolchain, program: Program) -> None:
+    wrong = load_crop(builds.build(program))
+    with pytest.raises(AssertionError, match="elements differ"):
+        assert_crops_equal_reference(wrong, "torchvision", torch.float32, torch.channels_last)
