@@ -51,7 +51,7 @@ class ToNormalized(nn.Module):
     Raises:
         TypeError: a wrong type of argument, no image in the sample, an image of another dtype or
             Pillow mode.
-        ValueError: an image of a wrong shape or channel count, or results that do not fit ``dtype``.
+        ValueError: an image of a wrong shape or channel count, results that do not fit ``dtype``.
 
     Equivalent to::
 
