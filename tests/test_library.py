@@ -150,6 +150,7 @@ def test_public_names() -> None:
 
 
 PUBLIC_FUNCTIONS: dict[str, Callable[..., object]] = {
+    "crop_mirror_normalize": pixfuse.crop_mirror_normalize,
     "normalize": pixfuse.normalize,
     "Normalization": pixfuse.Normalization,
     "empty_cache": pixfuse.empty_cache,

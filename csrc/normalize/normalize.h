@@ -5,7 +5,7 @@
 #pragma once
 #include <stdint.h>
 
-#include "common/float_type.h"
+#include "common/element_type.h"
 
 namespace pixfuse {
 
@@ -35,14 +35,15 @@ struct ChannelConstants {
 };
 
 // One call. Sizes and strides are N, C, H, W; strides count elements (a byte each for images).
-// Images may have any strides of 0 or more; the output is dense, contiguous or channels-last.
+// Images may have any strides, negative ones and 0 too; the output is dense, contiguous or
+// channels-last, or a part of such a one.
 struct NormalizeArgs {
   const uint8_t* images;
   void* output;
   int64_t sizes[4];
   int64_t image_strides[4];
   int64_t output_strides[4];
-  FloatType dtype;
+  ElementType dtype;
   Arithmetic arithmetic;
   float scale;                       // of Arithmetic::multiply
   const ChannelConstants* channels;  // [C], in host memory

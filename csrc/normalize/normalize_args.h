@@ -17,7 +17,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // Numbers of the operator's schema, where strings would leak and torch's own enums take longer to
-// pass. Their names are in python/pixfuse/_library.py; `dtype` is a FloatType.
+// pass. Their names are in python/pixfuse/_library.py; `dtype` is an ElementType.
 enum class InputLayout : int64_t { nchw = 0, nhwc = 1 };
 enum class MemoryFormat : int64_t { contiguous = 0, channels_last = 1, preserve = 2 };
 
@@ -65,25 +65,33 @@ inline bool wants_channels_last(const ImageView& images, int64_t memory_format) 
   return images.sizes[1] > 1 && images.strides[1] == 1;
 }
 
-inline FloatType float_type_of(int64_t dtype) {
+inline ElementType float_type_of(int64_t dtype) {
   check(dtype >= 0 && dtype <= 2, "normalize",
         "dtype 0 (float32), 1 (float16) or 2 (bfloat16), got ", dtype);
-  return static_cast<FloatType>(dtype);
+  return static_cast<ElementType>(dtype);
 }
 
-inline FloatType float_type_of(ScalarType dtype) {
+inline ElementType float_type_of(ScalarType dtype) {
   check(dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
         "normalize", "out.dtype to be float32, float16 or bfloat16");
-  return dtype == ScalarType::Float  ? FloatType::float32
-         : dtype == ScalarType::Half ? FloatType::float16
-                                     : FloatType::bfloat16;
+  return dtype == ScalarType::Float  ? ElementType::float32
+         : dtype == ScalarType::Half ? ElementType::float16
+                                     : ElementType::bfloat16;
 }
 
 // The number by which torch's C functions know a dtype.
-inline int32_t shim_dtype(FloatType dtype) {
-  return dtype == FloatType::float32   ? aoti_torch_dtype_float32()
-         : dtype == FloatType::float16 ? aoti_torch_dtype_float16()
-                                       : aoti_torch_dtype_bfloat16();
+inline int32_t shim_dtype(ElementType dtype) {
+  switch (dtype) {
+    case ElementType::float32:
+      return aoti_torch_dtype_float32();
+    case ElementType::float16:
+      return aoti_torch_dtype_float16();
+    case ElementType::bfloat16:
+      return aoti_torch_dtype_bfloat16();
+    case ElementType::uint8:
+      return aoti_torch_dtype_uint8();
+  }
+  return -1;
 }
 
 // Everything of a call but the output, checked; owns the constants that `args` points to.

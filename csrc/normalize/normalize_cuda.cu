@@ -306,15 +306,17 @@ int normalize_cuda(const NormalizeArgs& original, void* stream) {
     const int64_t count = left < kMaxChannels ? left : kMaxChannels;
     cudaError_t error = cudaErrorInvalidValue;
     switch (args.dtype) {
-      case FloatType::float32:
+      case ElementType::float32:
         error = launch_channels<float>(args, first, count, cuda_stream);
         break;
-      case FloatType::float16:
+      case ElementType::float16:
         error = launch_channels<__half>(args, first, count, cuda_stream);
         break;
-      case FloatType::bfloat16:
+      case ElementType::bfloat16:
         error = launch_channels<__nv_bfloat16>(args, first, count, cuda_stream);
         break;
+      case ElementType::uint8:
+        break;  // not a type of normalize
     }
     if (error != cudaSuccess) return error;
   }

@@ -3,8 +3,12 @@
 //
 // A block goes through two plain loops, which the compiler vectorizes: bring its bytes into the
 // order of the output, then convert them, straight into the output. The first is left out where the
-// order is right already. What lies between the two stays in the first-level cache.
+// order is right already. What lies between the two stays in the first-level cache. Where pixels
+// are read backwards (a mirrored image), they are brought into order forwards, from the lowest
+// address on, and turned around in the cache.
 #include "normalize/normalize_loop.h"
+
+#include <stddef.h>
 
 #if defined(__F16C__)
 #include <immintrin.h>
@@ -89,6 +93,13 @@ void convert(const NormalizeArgs& args, const uint8_t* in, T* out, int64_t count
   compute(args, in, out, count, constants);
 }
 
+// Bytes unchanged; they may be where they belong already.
+template <class Constants>
+void convert(const NormalizeArgs&, const uint8_t* in, uint8_t* out, int64_t count,
+             const Constants&) {
+  if (in != out) __builtin_memcpy(out, in, static_cast<size_t>(count));
+}
+
 #if defined(__F16C__)
 // gcc does not vectorize the rounding to float16 with the instruction that does it, which takes a
 // fraction of the time of the integer steps of round_to.
@@ -160,8 +171,7 @@ constexpr int64_t kTablePixels = 1024;
 constexpr int kMaxGroup = 4;  // channels that are brought apart together
 
 template <int channels, int step>
-void deinterleave(const uint8_t* __restrict in, uint8_t (&runs)[kMaxGroup][kBlockPixels],
-                  int64_t count) {
+void deinterleave(const uint8_t* __restrict in, uint8_t* const (&runs)[kMaxGroup], int64_t count) {
   uint8_t* __restrict run0 = runs[0], * __restrict run1 = runs[1], * __restrict run2 = runs[2], * __restrict run3 = runs[3];
   for (int64_t i = 0; i < count; ++i) {
     run0[i] = in[step * i];
@@ -184,10 +194,14 @@ void interleave(const uint8_t* __restrict in, int64_t channel_stride, uint8_t* _
   }
 }
 
-template <int channels, int step>
-void drop_last(const uint8_t* __restrict in, uint8_t* __restrict pixels, int64_t count) {
+// From pixels of `step` bytes to pixels of `channels`; `first` is the place of channel 0 in a pixel
+// and `direction`, 1 or -1, the way to the next channel.
+template <int channels, int step, int first, int direction>
+void copy_pixels(const uint8_t* __restrict in, uint8_t* __restrict pixels, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
-    for (int c = 0; c < channels; ++c) pixels[channels * i + c] = in[step * i + c];
+    for (int c = 0; c < channels; ++c) {
+      pixels[channels * i + c] = in[step * i + first + direction * c];
+    }
   }
 }
 
@@ -196,39 +210,106 @@ void gather(const uint8_t* __restrict in, int64_t in_step, uint8_t* __restrict o
   for (int64_t i = 0; i < count; ++i) out[i * out_step] = in[i * in_step];
 }
 
+// The last pixel comes first. `channels` bytes each.
+template <int channels>
+void reverse_pixels_of(const uint8_t* __restrict in, uint8_t* __restrict out, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    for (int c = 0; c < channels; ++c) out[channels * i + c] = in[channels * (count - 1 - i) + c];
+  }
+}
+
+void reverse_pixels(const uint8_t* __restrict in, uint8_t* __restrict out, int64_t channels,
+                    int64_t count) {
+  switch (channels) {
+    case 1:
+      return reverse_pixels_of<1>(in, out, count);
+    case 3:
+      return reverse_pixels_of<3>(in, out, count);
+    case 4:
+      return reverse_pixels_of<4>(in, out, count);
+    default:
+      for (int64_t i = 0; i < count; ++i) {
+        for (int64_t c = 0; c < channels; ++c) {
+          out[channels * i + c] = in[channels * (count - 1 - i) + c];
+        }
+      }
+  }
+}
+
+// Where the `count` pixels of a block lie: from the lowest address on, and whether that is the last
+// pixel of the output.
+struct Pixels {
+  const uint8_t* lowest;
+  int64_t step;
+  bool mirrored;
+};
+
+inline Pixels pixels_of(const NormalizeArgs& args, const uint8_t* in, int64_t count) {
+  const int64_t step = args.image_strides[3];
+  if (step >= 0) return {in, step, false};
+  return {in + (count - 1) * step, -step, true};
+}
+
 // --- one block ---
+
+// Bytes of a channel can go to where they belong at once, if no arithmetic is between.
+inline uint8_t* bytes_of(uint8_t* out) { return out; }
+template <class T>
+inline uint8_t* bytes_of(T*) {
+  return nullptr;
+}
 
 // The results of a channel lie side by side.
 template <class T>
 void normalize_planar(const NormalizeArgs& args, const uint8_t* in, T* out, int64_t count,
                       const uint16_t* table) {
   const int64_t channels = args.sizes[1];
-  const int64_t in_channel = args.image_strides[1], in_pixel = args.image_strides[3];
+  const int64_t in_channel = args.image_strides[1];
   const int group = channels == 3 || channels == 4 ? static_cast<int>(channels) : 1;
+  const int distinct = in_channel == 0 ? 1 : group;  // one channel, repeated
+  const Pixels pixels = pixels_of(args, in, count);
+  const bool forward = in_channel == 1, backward = in_channel == -1;  // within the pixel
   alignas(64) uint8_t runs[kMaxGroup][kBlockPixels];
+  alignas(64) uint8_t turned[kMaxGroup][kBlockPixels];
 
   for (int64_t first = 0; first < channels; first += group) {
-    const uint8_t* source[kMaxGroup] = {runs[0], runs[1], runs[2], runs[3]};
-    if (in_pixel == 1) {
-      for (int k = 0; k < group; ++k) source[k] = in + (first + k) * in_channel;
-    } else if (group == 3 && in_channel == 1 && in_pixel == 3) {
-      deinterleave<3, 3>(in, runs, count);
-    } else if (group == 3 && in_channel == 1 && in_pixel == 4) {
-      deinterleave<3, 4>(in, runs, count);
-    } else if (group == 4 && in_channel == 1 && in_pixel == 4) {
-      deinterleave<4, 4>(in, runs, count);
+    const uint8_t* source[kMaxGroup];
+    uint8_t *staged[kMaxGroup], *ordered[kMaxGroup];
+    for (int k = 0; k < kMaxGroup; ++k) {
+      uint8_t* final = k < group ? bytes_of(out + (first + k) * args.output_strides[1]) : nullptr;
+      ordered[k] = final != nullptr ? final : turned[k];
+      staged[k] = final != nullptr && !pixels.mirrored ? final : runs[k];
+      source[k] = staged[k];
+    }
+    // BGR is RGB with the runs named the other way round.
+    uint8_t* apart[kMaxGroup] = {staged[0], staged[1], staged[2], staged[3]};
+    for (int k = 0; k < group && backward; ++k) apart[k] = staged[group - 1 - k];
+    const uint8_t* lowest = pixels.lowest - (backward ? group - 1 : 0);
+    if (pixels.step == 1) {
+      for (int k = 0; k < distinct; ++k) source[k] = pixels.lowest + (first + k) * in_channel;
+    } else if (group == 3 && (forward || backward) && pixels.step == 3) {
+      deinterleave<3, 3>(lowest, apart, count);
+    } else if (group == 3 && (forward || backward) && pixels.step == 4) {
+      deinterleave<3, 4>(lowest, apart, count);
+    } else if (group == 4 && (forward || backward) && pixels.step == 4) {
+      deinterleave<4, 4>(lowest, apart, count);
     } else {
-      for (int k = 0; k < group; ++k) {
-        gather(in + (first + k) * in_channel, in_pixel, runs[k], 1, count);
+      for (int k = 0; k < distinct; ++k) {
+        gather(pixels.lowest + (first + k) * in_channel, pixels.step, staged[k], 1, count);
       }
+    }
+    for (int k = 0; k < distinct && pixels.mirrored; ++k) {
+      reverse_pixels_of<1>(source[k], ordered[k], count);
+      source[k] = ordered[k];
     }
     for (int k = 0; k < group; ++k) {
       const int64_t c = first + k;
+      const uint8_t* bytes = source[k < distinct ? k : 0];
       T* target = out + c * args.output_strides[1];
       if (table != nullptr) {
-        lookup_run(source[k], reinterpret_cast<uint16_t*>(target), count, table + 256 * c);
+        lookup_run(bytes, reinterpret_cast<uint16_t*>(target), count, table + 256 * c);
       } else {
-        convert(args, source[k], target, count, args.channels[c]);
+        convert(args, bytes, target, count, args.channels[c]);
       }
     }
   }
@@ -238,23 +319,33 @@ void normalize_planar(const NormalizeArgs& args, const uint8_t* in, T* out, int6
 template <class T>
 void normalize_interleaved(const NormalizeArgs& args, const uint8_t* in, T* out, int64_t count,
                            const Cycle& cycle) {
-  const int64_t channels = args.sizes[1];
-  const int64_t in_channel = args.image_strides[1], in_pixel = args.image_strides[3];
+  const int64_t channels = args.sizes[1], in_channel = args.image_strides[1];
+  const Pixels from = pixels_of(args, in, count);
   alignas(64) uint8_t pixels[Cycle::kMaxChannels * kBlockPixels];
+  alignas(64) uint8_t turned[Cycle::kMaxChannels * kBlockPixels];
 
-  const uint8_t* source = pixels;
-  if (in_channel == 1 && in_pixel == channels) {
-    source = in;
-  } else if (channels == 3 && in_pixel == 1) {
-    interleave<3>(in, in_channel, pixels, count);
-  } else if (channels == 4 && in_pixel == 1) {
-    interleave<4>(in, in_channel, pixels, count);
-  } else if (channels == 3 && in_channel == 1 && in_pixel == 4) {
-    drop_last<3, 4>(in, pixels, count);
+  uint8_t* final = bytes_of(out);
+  uint8_t* ordered = final != nullptr ? final : turned;
+  uint8_t* staged = final != nullptr && !from.mirrored ? final : pixels;
+  const uint8_t* source = staged;
+  if (in_channel == 1 && from.step == channels) {
+    source = from.lowest;
+  } else if (channels == 3 && from.step == 1) {
+    interleave<3>(from.lowest, in_channel, staged, count);
+  } else if (channels == 4 && from.step == 1) {
+    interleave<4>(from.lowest, in_channel, staged, count);
+  } else if (channels == 3 && in_channel == 1 && from.step == 4) {
+    copy_pixels<3, 4, 0, 1>(from.lowest, staged, count);
+  } else if (channels == 3 && in_channel == -1 && from.step == 3) {
+    copy_pixels<3, 3, 2, -1>(from.lowest - 2, staged, count);
   } else {
     for (int64_t c = 0; c < channels; ++c) {
-      gather(in + c * in_channel, in_pixel, pixels + c, channels, count);
+      gather(from.lowest + c * in_channel, from.step, staged + c, channels, count);
     }
+  }
+  if (from.mirrored) {
+    reverse_pixels(source, ordered, channels, count);
+    source = ordered;
   }
   convert(args, source, out, count * channels, cycle);
 }
@@ -297,19 +388,31 @@ void fill_table(const NormalizeArgs& args, T* table) {
   }
 }
 
+// What is made once for the channels, when first needed.
 template <class T>
-void normalize_blocks(const NormalizeArgs& args, int64_t first, int64_t last) {
+struct Prepared {
+  bool has_cycle = false, has_table = false;
+  Cycle cycle;
+  alignas(64) T table[kMaxGroup * 256];
+};
+
+template <class T>
+void normalize_blocks(const NormalizeArgs& args, int64_t first, int64_t last, bool table_pays,
+                      Prepared<T>& prepared) {
   const int64_t channels = args.sizes[1], width = args.sizes[3];
   const bool planar = args.output_strides[3] == 1 || width == 1;
   const bool interleaved = !planar && channels <= Cycle::kMaxChannels &&
                            args.output_strides[1] == 1 && args.output_strides[3] == channels;
-  const int64_t block_pixels = width < kBlockPixels ? width : kBlockPixels;
-  const bool use_table = kHasLookup && sizeof(T) == 2 && planar && channels <= kMaxGroup &&
-                         (last - first) * block_pixels >= kTablePixels;
-  Cycle cycle;
-  if (interleaved) fill_cycle(args, cycle);
-  alignas(64) T table[kMaxGroup * 256];
-  if (use_table) fill_table(args, table);
+  const bool use_table =
+      kHasLookup && sizeof(T) == 2 && planar && channels <= kMaxGroup && table_pays;
+  if (interleaved && sizeof(T) > 1 && !prepared.has_cycle) {
+    fill_cycle(args, prepared.cycle);
+    prepared.has_cycle = true;
+  }
+  if (use_table && !prepared.has_table) {
+    fill_table(args, prepared.table);
+    prepared.has_table = true;
+  }
 
   const int64_t per_row = blocks_per_row(args);
   for (int64_t block = first; block < last; ++block) {
@@ -323,12 +426,32 @@ void normalize_blocks(const NormalizeArgs& args, int64_t first, int64_t last) {
              h * args.output_strides[2] + w * args.output_strides[3];
     if (planar) {
       normalize_planar(args, in, out, count,
-                       use_table ? reinterpret_cast<const uint16_t*>(table) : nullptr);
+                       use_table ? reinterpret_cast<const uint16_t*>(prepared.table) : nullptr);
     } else if (interleaved) {
-      normalize_interleaved(args, in, out, count, cycle);
+      normalize_interleaved(args, in, out, count, prepared.cycle);
     } else {
       normalize_strided(args, in, out, count);
     }
+  }
+}
+
+template <class T>
+void normalize_range(const NormalizeArgs& args, int64_t first, int64_t last) {
+  Prepared<T> prepared;
+  const int64_t block_pixels = args.sizes[3] < kBlockPixels ? args.sizes[3] : kBlockPixels;
+  normalize_blocks(args, first, last, (last - first) * block_pixels >= kTablePixels, prepared);
+}
+
+template <class T>
+void normalize_all(const NormalizeArgs* parts, int64_t count) {
+  Prepared<T> prepared;
+  int64_t pixels = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    pixels += parts[i].sizes[0] * parts[i].sizes[2] * parts[i].sizes[3];
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t blocks = parts[i].sizes[0] * parts[i].sizes[2] * blocks_per_row(parts[i]);
+    normalize_blocks(parts[i], 0, blocks, pixels >= kTablePixels, prepared);
   }
 }
 
@@ -336,12 +459,28 @@ void normalize_blocks(const NormalizeArgs& args, int64_t first, int64_t last) {
 
 void normalize_loop(const NormalizeArgs& args, int64_t first, int64_t last) {
   switch (args.dtype) {
-    case FloatType::float32:
-      return normalize_blocks<float>(args, first, last);
-    case FloatType::float16:
-      return normalize_blocks<Float16>(args, first, last);
-    case FloatType::bfloat16:
-      return normalize_blocks<BFloat16>(args, first, last);
+    case ElementType::float32:
+      return normalize_range<float>(args, first, last);
+    case ElementType::float16:
+      return normalize_range<Float16>(args, first, last);
+    case ElementType::bfloat16:
+      return normalize_range<BFloat16>(args, first, last);
+    case ElementType::uint8:
+      return normalize_range<uint8_t>(args, first, last);
+  }
+}
+
+void normalize_parts(const NormalizeArgs* parts, int64_t count) {
+  if (count == 0) return;
+  switch (parts[0].dtype) {
+    case ElementType::float32:
+      return normalize_all<float>(parts, count);
+    case ElementType::float16:
+      return normalize_all<Float16>(parts, count);
+    case ElementType::bfloat16:
+      return normalize_all<BFloat16>(parts, count);
+    case ElementType::uint8:
+      return normalize_all<uint8_t>(parts, count);
   }
 }
 

@@ -13,18 +13,24 @@ static inline int64_t blocks_per_row(const NormalizeArgs& args) {
   return (args.sizes[3] + kBlockPixels - 1) / kBlockPixels;
 }
 
-// Converts the blocks [first, last), counted along rows, then rows, then images.
+// normalize_loop converts the blocks [first, last), counted along rows, then rows, then images.
+// normalize_parts converts all of each part. The parts differ in addresses, strides, heights and
+// widths alone: what is prepared for the channels serves all of them.
 namespace portable {
 void normalize_loop(const NormalizeArgs& args, int64_t first, int64_t last);
-}
+void normalize_parts(const NormalizeArgs* parts, int64_t count);
+}  // namespace portable
 namespace avx2 {
 void normalize_loop(const NormalizeArgs& args, int64_t first, int64_t last);
-}
+void normalize_parts(const NormalizeArgs* parts, int64_t count);
+}  // namespace avx2
 namespace avx512 {
 void normalize_loop(const NormalizeArgs& args, int64_t first, int64_t last);
-}
+void normalize_parts(const NormalizeArgs* parts, int64_t count);
+}  // namespace avx512
 namespace neon {
 void normalize_loop(const NormalizeArgs& args, int64_t first, int64_t last);
-}
+void normalize_parts(const NormalizeArgs* parts, int64_t count);
+}  // namespace neon
 
 }  // namespace pixfuse

@@ -2,7 +2,7 @@
 
 from pixfuse import reference, transforms
 from pixfuse._library import empty_cache, info
-from pixfuse.functional import normalize
+from pixfuse.functional import crop_mirror_normalize, normalize
 from pixfuse.normalization import (
     CIFAR10,
     CIFAR100,
@@ -31,6 +31,7 @@ __all__ = [
     "SVHN",
     "UNIT",
     "Normalization",
+    "crop_mirror_normalize",
     "empty_cache",
     "info",
     "normalize",

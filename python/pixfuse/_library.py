@@ -15,8 +15,10 @@ Key = TypeVar("Key")
 
 #: The numbers of enum Isa in csrc/common/isa.h.
 ISA_CODES: Final = {"portable": 0, "avx2": 1, "avx512": 2, "neon": 3}
-#: The numbers of enum FloatType in csrc/common/float_type.h.
+#: The numbers of enum ElementType in csrc/common/element_type.h: of floats, and with the bytes that
+#: some operators can leave as they are.
 DTYPE_CODES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+ELEMENT_CODES: Final = {**DTYPE_CODES, torch.uint8: 3}
 #: The numbers of enums InputLayout and MemoryFormat in csrc/normalize/normalize_args.h.
 LAYOUT_CODES: Final = {"NCHW": 0, "NHWC": 1}
 MEMORY_FORMAT_CODES: Final = {
@@ -104,6 +106,51 @@ def _normalize_out_fake(
     out: torch.Tensor,
 ) -> None:
     return None
+
+
+@torch.library.register_fake("pixfuse::crop_mirror_normalize")
+def _crop_mirror_normalize_fake(
+    images: list[torch.Tensor],
+    placements: torch.Tensor,
+    channels: int,
+    height: int,
+    width: int,
+    mean: list[float],
+    std: list[float],
+    rounding: int,
+    fill: list[float],
+    fill_is_output: bool,
+    dtype: int,
+    memory_format: int,
+    return_mask: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    count = sum(image.shape[0] if image.ndim == 4 else 1 for image in images)
+    shape = (count, channels, height, width)
+    strides = dense_strides(shape, memory_format == MEMORY_FORMAT_CODES[torch.channels_last])
+    out = images[0].new_empty_strided(shape, strides, dtype=_key(ELEMENT_CODES, dtype))
+    mask_shape = (count, height, width) if return_mask else (0,)
+    return out, images[0].new_empty(mask_shape, dtype=torch.bool)
+
+
+@torch.library.register_fake("pixfuse::crop_mirror_normalize_out")
+def _crop_mirror_normalize_out_fake(
+    images: list[torch.Tensor],
+    placements: torch.Tensor,
+    channels: int,
+    mean: list[float],
+    std: list[float],
+    rounding: int,
+    fill: list[float],
+    fill_is_output: bool,
+    out: torch.Tensor,
+    mask: torch.Tensor | None,
+) -> None:
+    return None
+
+
+@torch.library.register_fake("pixfuse::empty_output")
+def _empty_output_fake(size: list[int], stride: list[int], dtype: int) -> torch.Tensor:
+    return torch.empty_strided(size, stride, dtype=_key(ELEMENT_CODES, dtype), device="cpu")
 
 
 def available_isas() -> tuple[str, ...]:

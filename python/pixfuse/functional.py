@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
+from pixfuse._checks import (
+    LARGEST,
+    check_is_normalization,
+    check_out,
+    check_strides,
+    raise_too_large,
+    share_memory,
+)
+from pixfuse._image_input import Images, read_images
 from pixfuse._library import (
     CUDA_LOADED,
     CUDA_STATE,
     DTYPE_CODES,
+    ELEMENT_CODES,
     LAYOUT_CODES,
     MEMORY_FORMAT_CODES,
     dense_strides,
     resolve_channels_last,
     view_as_nchw,
 )
+from pixfuse._placement import placements_of, resolve_channels, resolve_size
 from pixfuse.normalization import UNIT, Normalization
-
-#: The largest finite value that each dtype can hold.
-_LARGEST = {dtype: torch.finfo(dtype).max for dtype in DTYPE_CODES}
 
 
 def normalize(
@@ -86,11 +96,8 @@ def normalize(
         raise TypeError(
             f"normalize: expected dtype to be torch.float32, float16 or bfloat16, got {dtype}"
         )
-    if normalization.largest > _LARGEST[dtype]:
-        raise ValueError(
-            f"normalize: expected results that fit {dtype} (up to {_LARGEST[dtype]:.6g}), got "
-            f"results up to {normalization.largest:.6g}; use torch.float32 or a larger std"
-        )
+    if normalization.largest > LARGEST[dtype]:
+        raise_too_large("normalize", normalization, dtype)
     memory_format_code = MEMORY_FORMAT_CODES.get(memory_format)
     if memory_format_code is None:
         raise ValueError(
@@ -186,11 +193,7 @@ def _check_images(images: torch.Tensor) -> None:
 def _check_normalization(
     images: torch.Tensor, normalization: Normalization, input_layout: str
 ) -> None:
-    if not isinstance(normalization, Normalization):
-        raise TypeError(
-            "normalize: expected normalization to be a pixfuse.Normalization, got "
-            f"{type(normalization).__name__}; use pixfuse.Normalization(mean, std)"
-        )
+    check_is_normalization("normalize", normalization)
     count = len(normalization.mean)
     if count == 1:
         return
@@ -213,61 +216,274 @@ def _check_out(
     dtype: torch.dtype,
     memory_format: torch.memory_format,
 ) -> None:
-    if not isinstance(out, torch.Tensor):
-        raise TypeError(f"normalize: expected out to be a torch.Tensor, got {type(out).__name__}")
-    if out.layout is not torch.strided:
-        raise NotImplementedError(
-            f"normalize: expected out to be a dense tensor, got layout {out.layout}"
-        )
-    if out.dtype is not dtype:
-        raise TypeError(f"normalize: expected out of dtype {dtype}, got {out.dtype}; pass dtype=")
-    if out.device != images.device:
-        raise ValueError(
-            f"normalize: expected out on the device of images ({images.device}), got {out.device}"
-        )
     shape: tuple[int, ...] = images.shape
     if layout_code == LAYOUT_CODES["NHWC"]:
         shape = (*shape[:-3], shape[-1], *shape[-3:-1])
-    if out.shape != shape:
-        raise ValueError(f"normalize: expected out of shape {tuple(shape)}, got {tuple(out.shape)}")
-    if out.requires_grad:
-        raise ValueError(
-            "normalize: expected out not to require a gradient, got requires_grad=True; pass "
-            "out.detach()"
-        )
+    check_out("normalize", out, shape, dtype, images.device)
     if memory_format is not torch.contiguous_format or not out.is_contiguous():
-        _check_strides(out, view_as_nchw(images, layout_code), memory_format)
+        nchw = view_as_nchw(images, layout_code)
+        strides = dense_strides(nchw.shape, resolve_channels_last(nchw, memory_format))
+        check_strides("normalize", out, strides, memory_format)
     # Addresses cannot be traced; the operator asserts the same.
-    if not torch.compiler.is_compiling() and _share_memory(images, out):
+    if not torch.compiler.is_compiling() and share_memory(images, out):
         raise ValueError("normalize: expected out to share no memory with images, got an overlap")
 
 
-def _check_strides(
-    out: torch.Tensor, nchw: torch.Tensor, memory_format: torch.memory_format
-) -> None:
-    expected = dense_strides(nchw.shape, resolve_channels_last(nchw, memory_format))
-    if out.numel() > 0 and any(
-        size > 1 and actual != wanted
-        for size, actual, wanted in zip(out.shape, out.stride(), expected, strict=True)
-    ):
-        raise ValueError(
-            f"normalize: expected out to be dense in {memory_format} with strides {expected}, got "
-            f"strides {out.stride()}; pass memory_format= as out has it"
+def crop_mirror_normalize(
+    images: Sequence[Any] | torch.Tensor,
+    size: int | Sequence[int] | None = None,
+    normalization: Normalization = UNIT,
+    *,
+    anchor: Any = (0.5, 0.5),
+    top: Any = None,
+    left: Any = None,
+    mirror: Any = False,
+    flip: Any = False,
+    channels: int | None = None,
+    out_of_bounds: Literal["error", "pad"] = "error",
+    fill: float | Sequence[float] = 0.0,
+    fill_space: Literal["input", "output"] = "input",
+    return_mask: bool = False,
+    dtype: torch.dtype = torch.float32,
+    memory_format: torch.memory_format = torch.contiguous_format,
+    out: torch.Tensor | None = None,
+) -> Any:
+    """Bring images to one normalized batch, cropped and mirrored, in one pass over memory.
+
+    Formula: ``out[n, c, y, x] = (images[n][c, top + y, left + x] / 255 - mean[c]) / std[c]``, with
+    the steps and roundings that ``normalization.rounding`` names (see
+    :class:`pixfuse.Normalization`); ``x`` counts from the right where ``mirror[n]``, ``y`` from
+    below where ``flip[n]``. The window is cut first and then turned, its padding with it. The same
+    images give the same bits wherever they come from, however they lie in memory, on every
+    instruction set, thread count and device.
+
+    ===================== ======= ==========================================================
+    Pillow mode           becomes how
+    ===================== ======= ==========================================================
+    L, RGB, RGBA          1, 3, 4 read in place (Pillow 13.0 or later), else one copy
+    RGBX                  3       likewise; the fourth byte is padding
+    1                     1       ``convert("L")``
+    P                     3       ``convert("RGB")``; with transparency 4, ``convert("RGBA")``
+    LA, La, PA, RGBa      4       ``convert("RGBA")`` (La by way of LA)
+    CMYK, YCbCr, LAB, HSV 3       ``convert("RGB")``
+    I, I;16, F and others refused they hold more than bytes: convert them yourself
+    ===================== ======= ==========================================================
+
+    Args:
+        images: a list or tuple of images, mixed freely: Pillow images (table above), uint8 numpy
+            arrays (H, W) or (H, W, C) of any strides, negative ones too, uint8 CPU tensors
+            (C, H, W); or of CUDA tensors on one device; or one tensor (N, C, H, W) on CPU or CUDA.
+            Values 0 to 255. Never written; copied only where the table says so.
+        size: of the result in pixels: an int for a square, or (height, width). None: that of the
+            images, which must be one.
+        normalization: mean and std per channel, in units of [0, 1], and a rounding.
+        anchor: where a window lies: (vertical, horizontal) from 0 (top, left) to 1 (bottom, right),
+            or one pair per image: a sequence, array or tensor (N, 2). The first row is
+            ``anchor * (image height - height)``, rounded half to even, or towards 0 where that is
+            below 0; so (0.5, 0.5) is torchvision's ``center_crop``. (DALI rounds halves away
+            from 0.)
+        top: first row of the window in pixels, an int or one per image, in the place of
+            ``anchor``; together with ``left``.
+        left: first column of the window in pixels, likewise.
+        mirror: whether to turn left and right around, a bool or one per image.
+        flip: whether to turn top and bottom around, a bool or one per image.
+        channels: of the result. None: all images have the same number, except that images of 1
+            channel are repeated where the others have 3. 3: images of 1 channel are repeated, and
+            of 4 channels (RGBA) the last is dropped. Any other: images have that number, or 1,
+            which is repeated.
+        out_of_bounds: ``"error"``: a window that leaves its image is one; ``"pad"``: what lies
+            outside becomes ``fill``.
+        fill: a number, or one per channel.
+        fill_space: ``"input"``: ``fill`` is in units of pixels, 0 to 255, fractions too, and goes
+            through the arithmetic as a byte would; ``"output"``: it is a result, rounded to
+            ``dtype``.
+        return_mask: whether to return which pixels came from an image, too.
+        dtype: ``torch.float32``, or ``torch.float16`` or ``torch.bfloat16``: the float32 result
+            rounded once, half to even; or ``torch.uint8``: the bytes as they are, without
+            ``normalization``, and with a whole number as ``fill``.
+        memory_format: of the result, ``torch.contiguous_format`` or ``torch.channels_last``.
+        out: where to write: a tensor of the result's shape, dtype, device and memory format that
+            shares no memory with ``images`` and does not require a gradient.
+
+    Returns:
+        A tensor (N, C, height, width) of ``dtype``, dense in ``memory_format``, on the device of
+        ``images``; ``out`` if given. With ``return_mask`` a pair: that tensor, and a bool tensor
+        (N, height, width), True where the pixel came from an image.
+
+    Raises:
+        TypeError: a wrong type or dtype, a Pillow mode without a rule.
+        ValueError: a wrong shape, size, channel count, memory format, range or number of values, a
+            window that leaves its image, or an ``out`` that does not fit. What is wrong with one
+            image names it as ``images[i]``.
+        OSError: a file that Pillow cannot read to its end.
+        NotImplementedError: a device or tensor layout that has no kernel.
+
+    Equivalent to::
+
+        torch.stack([
+            transforms.v2.functional.normalize(
+                transforms.v2.functional.to_dtype(
+                    transforms.v2.functional.center_crop(
+                        transforms.v2.functional.to_image(image), size
+                    ),
+                    torch.float32,
+                    scale=True,
+                ),
+                mean,
+                std,
+            )
+            for image in images
+        ])
+
+    Source:
+        DALI ``crop_mirror_normalize``, torchvision ``transforms.v2``; the table of roundings in
+        :class:`pixfuse.Normalization`.
+    """
+    source = read_images(images)
+    count = source.count
+    channel_count = resolve_channels(source, channels)
+    height, width = resolve_size(source, size)
+    placements = placements_of(
+        source, (height, width), anchor, top, left, mirror, flip, out_of_bounds
+    )
+    code = ELEMENT_CODES.get(dtype)
+    if code is None:
+        raise TypeError(
+            "crop_mirror_normalize: expected dtype to be torch.float32, float16, bfloat16 or "
+            f"uint8, got {dtype}"
         )
+    _check_crop_normalization(normalization, channel_count, dtype)
+    fills = _fill_values(fill, fill_space, channel_count, dtype)
+    if memory_format not in (torch.contiguous_format, torch.channels_last):
+        raise ValueError(
+            "crop_mirror_normalize: expected memory_format to be torch.contiguous_format or "
+            f"channels_last, got {memory_format}"
+        )
+    shape = (count, channel_count, height, width)
+    strides = dense_strides(shape, memory_format is torch.channels_last)
+    if out is not None:
+        check_out("crop_mirror_normalize", out, shape, dtype, source.device)
+        check_strides("crop_mirror_normalize", out, strides, memory_format)
+    constants = (
+        normalization.mean if dtype is not torch.uint8 else (0.0,),
+        normalization.std if dtype is not torch.uint8 else (1.0,),
+        normalization.rounding_code,
+        fills,
+        fill_space == "output",
+    )
+    if source.memory is None and out is None:
+        made, mask = torch.ops.pixfuse.crop_mirror_normalize.default(
+            source.tensors,
+            placements,
+            channel_count,
+            height,
+            width,
+            *constants,
+            code,
+            MEMORY_FORMAT_CODES[memory_format],
+            return_mask,
+        )
+        return (made, mask) if return_mask else made
+
+    mask = None
+    if return_mask:
+        mask = torch.empty((count, height, width), dtype=torch.bool, device=source.device)
+    result = out
+    if source.memory is None:
+        assert result is not None
+        _check_apart(source, result)
+        torch.ops.pixfuse.crop_mirror_normalize_out.default(
+            source.tensors, placements, channel_count, *constants, result, mask
+        )
+    else:
+        if result is None:
+            result = torch.ops.pixfuse.empty_output.default(shape, strides, code)
+        source.memory.crop_mirror_normalize(
+            placements.numpy(),
+            channel_count,
+            height,
+            width,
+            *constants,
+            code,
+            result.data_ptr(),
+            strides,
+            0 if mask is None else mask.data_ptr(),
+        )
+    if out is not None and not torch.compiler.is_compiling() and not out.is_inference():
+        torch.autograd.graph.increment_version(out)  # as torch's own functions with out= do
+    return result if mask is None else (result, mask)
 
 
-def _share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether the byte ranges that two tensors span overlap."""
-    (a_begin, a_end), (b_begin, b_end) = _span(a), _span(b)
-    return a_begin < b_end and b_begin < a_end
+def _check_crop_normalization(
+    normalization: Normalization, channels: int, dtype: torch.dtype
+) -> None:
+    check_is_normalization("crop_mirror_normalize", normalization)
+    if dtype is torch.uint8:
+        return
+    count = len(normalization.mean)
+    if count not in (1, channels):
+        raise ValueError(
+            f"crop_mirror_normalize: expected images of {count} channels, as mean and std have "
+            f"{count} values, got {channels}; pass channels={count}"
+        )
+    if normalization.largest > LARGEST[dtype]:
+        raise_too_large("crop_mirror_normalize", normalization, dtype)
 
 
-def _span(tensor: torch.Tensor) -> tuple[int, int]:
-    begin = tensor.data_ptr()
-    if tensor.is_contiguous():
-        return begin, begin + tensor.nbytes
-    if tensor.numel() == 0:
-        return begin, begin
-    steps = zip(tensor.shape, tensor.stride(), strict=True)
-    last = sum((size - 1) * stride for size, stride in steps)
-    return begin, begin + (last + 1) * tensor.element_size()
+def _fill_values(fill: Any, space: str, channels: int, dtype: torch.dtype) -> tuple[float, ...]:
+    """One value for every channel, or one per channel."""
+    name = "crop_mirror_normalize"
+    if space not in ("input", "output"):
+        raise ValueError(f"{name}: expected fill_space to be 'input' or 'output', got {space!r}")
+    if isinstance(fill, (int, float)):
+        values: tuple[float, ...] = (float(fill),)
+    else:
+        try:
+            if isinstance(fill, (str, bytes)):
+                raise TypeError
+            scalar = getattr(fill, "ndim", 1) == 0
+            values = (float(fill),) if scalar else tuple(float(v) for v in fill)
+        except (TypeError, ValueError):
+            raise TypeError(
+                f"{name}: expected fill to be a number or one number per channel, got {fill!r}"
+            ) from None
+    if len(values) not in (1, channels):
+        raise ValueError(
+            f"{name}: expected fill to have 1 value or one per channel ({channels}), got "
+            f"{len(values)}"
+        )
+    if dtype is torch.uint8 and space == "output":
+        raise ValueError(
+            f"{name}: expected fill_space to be 'input' for torch.uint8, got 'output'; its results "
+            "are pixels"
+        )
+    for value in values:
+        if not math.isfinite(value):
+            raise ValueError(f"{name}: expected fill to be finite, got {value}")
+        if space == "input" and not 0 <= value <= 255:
+            raise ValueError(
+                f'{name}: expected fill from 0 to 255, got {value}; fill_space="output" takes '
+                "results"
+            )
+        if dtype is torch.uint8 and value != int(value):
+            raise ValueError(
+                f"{name}: expected fill to be a whole number for torch.uint8, got {value}"
+            )
+        if space == "output" and abs(value) > LARGEST[dtype]:
+            raise ValueError(
+                f"{name}: expected fill to fit {dtype} (up to {LARGEST[dtype]:.6g}), got {value}"
+            )
+    return values
+
+
+def _check_apart(source: Images, out: torch.Tensor) -> None:
+    # Addresses cannot be traced; the operator asserts the same.
+    if torch.compiler.is_compiling():
+        return
+    for n, tensor in enumerate(source.tensors):
+        if share_memory(tensor, out):
+            where = "images" if tensor.ndim == 4 else f"images[{n}]"
+            raise ValueError(
+                "crop_mirror_normalize: expected out to share no memory with images, got an "
+                f"overlap with {where}"
+            )

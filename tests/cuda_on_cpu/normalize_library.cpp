@@ -17,7 +17,7 @@ extern "C" int normalize_cuda_on_cpu(const uint8_t* images, void* output, const 
   std::copy_n(sizes, 4, args.sizes);
   std::copy_n(image_strides, 4, args.image_strides);
   std::copy_n(output_strides, 4, args.output_strides);
-  args.dtype = static_cast<pixfuse::FloatType>(dtype);
+  args.dtype = static_cast<pixfuse::ElementType>(dtype);
   std::vector<pixfuse::ChannelConstants> channels(static_cast<size_t>(sizes[1]));
   pixfuse::set_rounding(args, channels.data(), mean, std, sizes[1],
                         static_cast<pixfuse::Rounding>(rounding));

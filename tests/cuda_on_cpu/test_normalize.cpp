@@ -27,7 +27,7 @@
 
 namespace {
 
-using pixfuse::FloatType;
+using pixfuse::ElementType;
 using pixfuse::NormalizeArgs;
 using pixfuse::Rounding;
 
@@ -87,10 +87,10 @@ uint32_t round_to_16_bits(float value, int significand_bits, int exponent_bits) 
   return sign | ((field << (significand_bits - 1)) + units);
 }
 
-uint32_t expected_bits(uint8_t byte, int64_t channel, Rounding rounding, FloatType type) {
+uint32_t expected_bits(uint8_t byte, int64_t channel, Rounding rounding, ElementType type) {
   const float value = expected_float(byte, channel, rounding);
-  if (type == FloatType::float16) return round_to_16_bits(value, 11, 5);
-  if (type == FloatType::bfloat16) return round_to_16_bits(value, 8, 8);
+  if (type == ElementType::float16) return round_to_16_bits(value, 11, 5);
+  if (type == ElementType::bfloat16) return round_to_16_bits(value, 8, 8);
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
   return bits;
@@ -103,7 +103,7 @@ struct Case {
   Four sizes;
   Four image_strides;
   Four output_strides;
-  FloatType type = FloatType::float32;
+  ElementType type = ElementType::float32;
   Rounding rounding = Rounding::torchvision;
   int image_offset_bytes = 0;      // from a 16-byte boundary
   int output_offset_elements = 0;  // from a 16-byte boundary
@@ -178,7 +178,7 @@ void fail(const Case& test, const std::string& what) {
 
 // Expected bits of every byte value in every channel.
 const std::vector<uint32_t>& expected_table(const Case& test) {
-  static std::map<std::pair<Rounding, FloatType>, std::vector<uint32_t>> tables;
+  static std::map<std::pair<Rounding, ElementType>, std::vector<uint32_t>> tables;
   std::vector<uint32_t>& table = tables[{test.rounding, test.type}];
   for (auto c = static_cast<int64_t>(table.size() / 256); c < test.sizes[C]; ++c) {
     for (int byte = 0; byte < 256; ++byte) {
@@ -299,7 +299,8 @@ constexpr LayoutPair kLayouts[] = {
 };
 constexpr Rounding kRoundings[] = {Rounding::torchvision, Rounding::torchvision_v1, Rounding::timm,
                                    Rounding::transformers, Rounding::nearest};
-constexpr FloatType kTypes[] = {FloatType::float32, FloatType::float16, FloatType::bfloat16};
+constexpr ElementType kTypes[] = {ElementType::float32, ElementType::float16,
+                                  ElementType::bfloat16};
 
 Case make_case(const LayoutPair& layout, const Four& sizes) {
   return {layout.name, sizes, layout.image(sizes), layout.output(sizes)};
@@ -308,7 +309,7 @@ Case make_case(const LayoutPair& layout, const Four& sizes) {
 // `body` changes a case and checks it, for each type and rounding.
 template <class Body>
 void for_each_type_and_rounding(Case test, Body body) {
-  for (const FloatType type : kTypes) {
+  for (const ElementType type : kTypes) {
     for (const Rounding rounding : kRoundings) {
       test.type = type;
       test.rounding = rounding;
@@ -365,7 +366,7 @@ void test_many_channels() {
 // Every start of the input within 16 bytes and of the output within 16 bytes, also of every row.
 void test_alignment(const Four& sizes) {
   for (const LayoutPair& layout : kLayouts) {
-    for (const FloatType type : kTypes) {
+    for (const ElementType type : kTypes) {
       const int elements = static_cast<int>(16 / pixfuse::element_bytes(type));
       const bool halves = elements == 8;  // the two types of 16 bits take turns
       for (int image_offset = 0; image_offset < 16; ++image_offset) {
@@ -432,7 +433,7 @@ std::vector<Case> strided_cases(const Four& sizes) {
 void test_strides(const Four& sizes) {
   size_t turn = 0;
   for (Case test : strided_cases(sizes)) {
-    for (const FloatType type : kTypes) {
+    for (const ElementType type : kTypes) {
       test.type = type;
       test.rounding = kRoundings[turn++ % 5];
       check(test);
@@ -480,7 +481,7 @@ void test_far() {
   const int64_t far = (int64_t{1} << 32) + 48;
   const Four sizes = {2, 2, 2, 20};
   const Four pixels = interleaved(sizes), dense = planar(sizes);
-  for (const FloatType type : kTypes) {
+  for (const ElementType type : kTypes) {
     for (const int dimension : {N, C, H, W}) {
       check_far({"far input", sizes, with_stride(dense, dimension, far), pixels, type});
     }
@@ -515,7 +516,7 @@ void test_large() {
   constexpr int64_t kPeriod = int64_t{1} << 24;  // in elements, a multiple of all 256 values
   const int64_t width = (int64_t{1} << 31) + 4099;
   Case test = make_case(kLayouts[0], {1, 1, 1, width});
-  test.type = FloatType::bfloat16;
+  test.type = ElementType::bfloat16;
   const uint8_t* images = reserve_repeated(width, kPeriod);
   uint8_t* output = reserve_repeated(width * 2, kPeriod * 2);
   for (int64_t i = 0; i < kPeriod; ++i)

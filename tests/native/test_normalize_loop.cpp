@@ -106,27 +106,28 @@ double rounded(double value, int digits, int min_exponent, double largest) {
   return std::fabs(result) > largest ? std::copysign(HUGE_VAL, value) : result;
 }
 
-double expected_value(FloatType dtype, float value) {
+double expected_value(ElementType dtype, float value) {
   switch (dtype) {
-    case FloatType::float32:
+    case ElementType::float32:
+    case ElementType::uint8:
       return value;
-    case FloatType::float16:
+    case ElementType::float16:
       return rounded(value, 11, -14, 65504);
-    case FloatType::bfloat16:
+    case ElementType::bfloat16:
       return rounded(value, 8, -126, 0x1.fep127);
   }
   std::abort();
 }
 
-double stored_value(FloatType dtype, const uint8_t* element) {
-  if (dtype == FloatType::float32) {
+double stored_value(ElementType dtype, const uint8_t* element) {
+  if (dtype == ElementType::float32) {
     float value;
     std::memcpy(&value, element, sizeof value);
     return value;
   }
   uint16_t bits;
   std::memcpy(&bits, element, sizeof bits);
-  if (dtype == FloatType::bfloat16) {
+  if (dtype == ElementType::bfloat16) {
     const uint32_t wide = static_cast<uint32_t>(bits) << 16;
     float value;
     std::memcpy(&value, &wide, sizeof value);
@@ -166,7 +167,7 @@ enum class Layout { planar, pixels, pixels_and_one, padded_rows, spread, same_im
 
 struct Case {
   Isa isa;
-  FloatType dtype;
+  ElementType dtype;
   Rounding rounding;
   int64_t sizes[4];
   Layout images, output;
@@ -284,13 +285,14 @@ bool run(const Case& test) {
 
 // --- all calls ---
 
-constexpr FloatType kTypes[] = {FloatType::float32, FloatType::float16, FloatType::bfloat16};
+constexpr ElementType kTypes[] = {ElementType::float32, ElementType::float16,
+                                  ElementType::bfloat16};
 constexpr Rounding kRoundings[] = {Rounding::torchvision, Rounding::torchvision_v1, Rounding::timm,
                                    Rounding::transformers, Rounding::nearest};
 
 bool run_all_on(Isa isa, int64_t& cases) {
   constexpr int64_t kWidths[] = {1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 129, 1025};
-  for (FloatType dtype : kTypes)
+  for (ElementType dtype : kTypes)
     for (int64_t channels : {1, 2, 3, 4, 5, 16, 17})
       for (int64_t width : kWidths) {
         if (channels > 5 && width > 65) continue;
@@ -311,7 +313,7 @@ bool run_all_on(Isa isa, int64_t& cases) {
           }
       }
   // Every byte value in every channel, a few pixels and many, in one part and several.
-  for (FloatType dtype : kTypes)
+  for (ElementType dtype : kTypes)
     for (Rounding rounding : kRoundings)
       for (int64_t side : {16, 48, 160})
         for (Layout layout : {Layout::planar, Layout::pixels}) {

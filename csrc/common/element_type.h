@@ -1,5 +1,5 @@
-// The float types an operator can write, and the conversion from float32 (round half to even)
-// that gives the same bits everywhere.
+// The types an operator can write, and the conversion from float32 (round half to even) that gives
+// the same bits everywhere.
 //
 // Written with integers and without branches: gcc turns a conversion to _Float16 into a scalar
 // library call, while it vectorizes this.
@@ -8,9 +8,12 @@
 
 namespace pixfuse {
 
-enum class FloatType : int32_t { float32 = 0, float16 = 1, bfloat16 = 2 };
+// uint8 stands for bytes that are copied, not computed; not every operator offers it.
+enum class ElementType : int32_t { float32 = 0, float16 = 1, bfloat16 = 2, uint8 = 3 };
 
-constexpr int64_t element_bytes(FloatType type) { return type == FloatType::float32 ? 4 : 2; }
+constexpr int64_t element_bytes(ElementType type) {
+  return type == ElementType::float32 ? 4 : type == ElementType::uint8 ? 1 : 2;
+}
 
 // Storage of one element; distinct types so that templates can tell them apart.
 struct Float16 {

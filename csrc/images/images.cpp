@@ -1,0 +1,105 @@
+// The Python module pixfuse._images: from a list of Python's images to pointers and strides, and on
+// to crop_mirror_normalize without the GIL. Nothing is copied that can be read in place, nothing is
+// ever written, and an ImageList holds what keeps the memory alive.
+// What each kind of image is read as stands in image_reader.cpp.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstdint>
+#include <vector>
+
+#include "crop_mirror_normalize/crop_mirror_normalize_args.h"
+#include "images/image_reader.h"
+
+namespace pixfuse {
+namespace {
+
+namespace py = pybind11;
+
+class ImageList {
+ public:
+  ImageList(std::vector<ImageSource> sources, std::vector<Holder> holders)
+      : sources_(std::move(sources)), holders_(std::move(holders)) {}
+  ImageList(ImageList&&) = default;
+  ImageList(const ImageList&) = delete;
+
+  size_t size() const { return sources_.size(); }
+
+  // (N, 3): height, width, channels.
+  py::array_t<int64_t> sizes() const {
+    py::array_t<int64_t> sizes({static_cast<py::ssize_t>(sources_.size()), py::ssize_t{3}});
+    int64_t* to = sizes.mutable_data();
+    for (const ImageSource& image : sources_) {
+      *to++ = image.height;
+      *to++ = image.width;
+      *to++ = image.channels;
+    }
+    return sizes;
+  }
+
+  // Addresses come from tensors that the caller keeps alive: `output` has N * C * H * W elements of
+  // `dtype` at `output_strides`, `mask` N * H * W bytes, or is 0.
+  void crop_mirror_normalize(const py::array_t<int64_t, py::array::c_style>& placements,
+                             int64_t channels, int64_t height, int64_t width,
+                             const std::vector<double>& mean, const std::vector<double>& std,
+                             int64_t rounding, const std::vector<double>& fill, bool fill_is_output,
+                             int64_t dtype, uintptr_t output,
+                             const std::array<int64_t, 4>& output_strides, uintptr_t mask) const {
+    check(placements.ndim() == 2 && placements.shape(1) == 4 &&
+              placements.shape(0) == static_cast<py::ssize_t>(size()),
+          kCropMirrorNormalize, "placements to be an int64 array of shape (", size(), ", 4)");
+    check(dtype >= 0 && dtype <= 3, kCropMirrorNormalize, "dtype from 0 to 3, got ", dtype);
+    const auto* rows = reinterpret_cast<const Placement*>(placements.data());
+    CropMirrorNormalizeCall call(sources_, rows, channels, height, width, mean, std, rounding, fill,
+                                 fill_is_output);
+    call.set_dtype(static_cast<ElementType>(dtype));
+    call.set_output(reinterpret_cast<void*>(output), output_strides.data(),
+                    reinterpret_cast<uint8_t*>(mask));
+    int32_t error = 0;
+    {
+      const py::gil_scoped_release released;
+      error = pixfuse_crop_mirror_normalize(&call.args);
+    }
+    check(error == 0, kCropMirrorNormalize, "torch's threads to run the loop");
+  }
+
+ private:
+  std::vector<ImageSource> sources_;
+  std::vector<Holder> holders_;
+};
+
+ImageList read(const py::object& images, bool arrow) {
+  // A tuple of our own: another thread may change a list meanwhile.
+  const auto items = py::reinterpret_steal<py::object>(PySequence_Tuple(images.ptr()));
+  if (!items) throw py::error_already_set();
+  const auto count = PyTuple_GET_SIZE(items.ptr());
+  ImageReader reader(arrow);
+  std::vector<ImageSource> sources;
+  std::vector<Holder> holders;
+  sources.reserve(static_cast<size_t>(count));
+  holders.reserve(static_cast<size_t>(count));
+  for (py::ssize_t i = 0; i < count; ++i) {
+    holders.emplace_back();
+    sources.push_back(reader.read(PyTuple_GET_ITEM(items.ptr(), i), i, holders.back()));
+  }
+  return ImageList(std::move(sources), std::move(holders));
+}
+
+}  // namespace
+}  // namespace pixfuse
+
+PYBIND11_MODULE(_images, m) {
+  namespace py = pybind11;
+  using pixfuse::ImageList;
+  m.doc() = "Python's images as memory: see pixfuse.crop_mirror_normalize.";
+  m.def("read", &pixfuse::read, py::arg("images"), py::arg("arrow"));
+  py::class_<ImageList>(m, "ImageList")
+      .def("__len__", &ImageList::size)
+      .def_property_readonly("sizes", &ImageList::sizes)
+      .def("crop_mirror_normalize", &ImageList::crop_mirror_normalize, py::arg("placements"),
+           py::arg("channels"), py::arg("height"), py::arg("width"), py::arg("mean"),
+           py::arg("std"), py::arg("rounding"), py::arg("fill"), py::arg("fill_is_output"),
+           py::arg("dtype"), py::arg("output"), py::arg("output_strides"), py::arg("mask"));
+}

@@ -1,0 +1,150 @@
+"""What images may be given as, and what they have in common."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from pixfuse import _images
+from pixfuse._library import CUDA_LOADED, CUDA_STATE
+
+_NAME = "crop_mirror_normalize"
+
+
+@dataclass
+class Images:
+    """Images on one device, ready for an operator."""
+
+    #: In the memory of Python objects on the CPU; None when ``tensors`` has them.
+    memory: _images.ImageList | None
+    #: (C, H, W) tensors, or one (N, C, H, W); empty when ``memory`` has them.
+    tensors: list[torch.Tensor]
+    device: torch.device
+    count: int
+    #: (height, width, channels) of every image; None when they differ.
+    common: tuple[int, int, int] | None
+    #: (N, 3), the same of each image; None when they are all alike.
+    each: torch.Tensor | None
+
+
+def read_images(images: Any) -> Images:
+    """Find the memory of a batch, or of each image of a list; raises for what has no rule."""
+    if isinstance(images, torch.Tensor):
+        return _read_batch(images)
+    if not isinstance(images, (list, tuple)):
+        images = _as_sequence(images)
+    if len(images) == 0:
+        raise ValueError(f"{_NAME}: expected images to hold at least 1 image, got none")
+    if isinstance(images[0], torch.Tensor) and (
+        torch.compiler.is_compiling() or not images[0].is_cpu
+    ):
+        return _read_tensors(images)
+    memory = _images.read(images, _pillow_exports_memory())
+    sizes = memory.sizes
+    if bool((sizes == sizes[0]).all()):
+        height, width, channels = sizes[0].tolist()
+        common = (height, width, channels)
+        return Images(memory, [], torch.device("cpu"), len(sizes), common, None)
+    return Images(memory, [], torch.device("cpu"), len(sizes), None, torch.from_numpy(sizes))
+
+
+def _pillow_exports_memory() -> bool:
+    """Whether the memory that Pillow exports can be trusted: before 13.0 it can be wrong."""
+    pillow = sys.modules.get("PIL")
+    return pillow is not None and int(pillow.__version__.partition(".")[0]) >= 13
+
+
+def _as_sequence(images: Any) -> Sequence[Any]:
+    if isinstance(images, np.ndarray):
+        hint = "list(images)" if images.ndim == 4 else "[image]"
+        raise TypeError(
+            f"{_NAME}: expected images to be a list or a batch tensor, got one numpy array of "
+            f"shape {images.shape}; pass {hint}"
+        )
+    if isinstance(images, (str, bytes)) or not isinstance(images, Sequence):
+        raise TypeError(
+            f"{_NAME}: expected images to be a list or tuple of images, or a tensor (N, C, H, W), "
+            f"got {type(images).__name__}; pass [image] for one image, list(...) for an iterator"
+        )
+    return images
+
+
+def _check_tensor(tensor: torch.Tensor, name: str) -> None:
+    if tensor.dtype is not torch.uint8:
+        raise TypeError(
+            f"{_NAME}: expected {name} of dtype uint8, got {tensor.dtype}; pixels must still be "
+            "bytes from 0 to 255: convert them to float here, not before"
+        )
+    if tensor.layout is not torch.strided:
+        raise NotImplementedError(
+            f"{_NAME}: expected {name} to be a dense tensor, got layout {tensor.layout}; pass "
+            "images.to_dense()"
+        )
+    if not (tensor.is_cpu or (CUDA_LOADED and tensor.is_cuda)):
+        device = tensor.device.type
+        because = f" ({CUDA_STATE})" if device == "cuda" else ""
+        raise NotImplementedError(
+            f"{_NAME}: expected {name} on a device that has a kernel "
+            f"({'cpu, cuda' if CUDA_LOADED else 'cpu'}), got {device}{because}; move them with "
+            "images.cpu()"
+        )
+
+
+def _check_not_empty(tensor: torch.Tensor, name: str) -> None:
+    channels, height, width = tensor.shape[-3:]
+    if channels == 0 or height == 0 or width == 0:
+        raise ValueError(
+            f"{_NAME}: expected {name} to have pixels, got {height} x {width} of {channels} "
+            "channels"
+        )
+
+
+def _read_batch(images: torch.Tensor) -> Images:
+    _check_tensor(images, "images")
+    if images.ndim != 4:
+        hint = "; pass [image] for one image" if images.ndim == 3 else ""
+        raise ValueError(
+            f"{_NAME}: expected images to be a list or a tensor of shape (N, C, H, W), got shape "
+            f"{tuple(images.shape)}{hint}"
+        )
+    count, channels, height, width = images.shape
+    if count == 0:
+        raise ValueError(f"{_NAME}: expected images to hold at least 1 image, got none")
+    _check_not_empty(images, "images")
+    return Images(None, [images], images.device, count, (height, width, channels), None)
+
+
+def _read_tensors(images: Sequence[Any]) -> Images:
+    device = images[0].device
+    shapes = []
+    for index, image in enumerate(images):
+        name = f"images[{index}]"
+        if not isinstance(image, torch.Tensor):
+            raise TypeError(
+                f"{_NAME}: expected {name} to be a tensor on {device}, as images[0] is, got "
+                f"{type(image).__name__}; images must be on one device"
+            )
+        _check_tensor(image, name)
+        if image.device != device:
+            raise ValueError(
+                f"{_NAME}: expected {name} on {device}, as images[0] is, got {image.device}; "
+                "images must be on one device"
+            )
+        if image.ndim != 3:
+            raise ValueError(
+                f"{_NAME}: expected {name} to be a tensor of shape (C, H, W), got shape "
+                f"{tuple(image.shape)}; a batch goes in alone, without a list around it"
+            )
+        _check_not_empty(image, name)
+        channels, height, width = image.shape
+        shapes.append((height, width, channels))
+    tensors = list(images)
+    if all(shape == shapes[0] for shape in shapes):
+        return Images(None, tensors, device, len(tensors), shapes[0], None)
+    each = torch.tensor(shapes, dtype=torch.int64, device="cpu")
+    return Images(None, tensors, device, len(tensors), None, each)

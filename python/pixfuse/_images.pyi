@@ -1,0 +1,35 @@
+"""Python's images as memory: the compiled module of csrc/images."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+class ImageList:
+    """Images in memory that stays alive with this list."""
+
+    @property
+    def sizes(self) -> npt.NDArray[np.int64]:
+        """(N, 3): height, width and channels of each image."""
+
+    def __len__(self) -> int: ...
+    def crop_mirror_normalize(
+        self,
+        placements: npt.NDArray[np.int64],
+        channels: int,
+        height: int,
+        width: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        rounding: int,
+        fill: Sequence[float],
+        fill_is_output: bool,
+        dtype: int,
+        output: int,
+        output_strides: Sequence[int],
+        mask: int,
+    ) -> None:
+        """Do the work without the GIL; `output` and `mask` are addresses, `mask` may be 0."""
+
+def read(images: Sequence[object], arrow: bool) -> ImageList:
+    """Find the memory of Pillow images, numpy arrays and CPU tensors; copy what cannot be read."""
