@@ -171,6 +171,7 @@ def test_any_strides(layout: str) -> None:
     assert_same_bits(ours(images), expected)
     assert_same_bits(ours(images[1]), expected[1])
     assert_same_bits(ours(images[1].permute(1, 2, 0).numpy()), expected[1])
+    assert_same_bits(ours(images[1].permute(1, 2, 0).numpy()[::-1, ::-1]), expected[1].flip(1, 2))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -550,7 +551,7 @@ BAD_ARGUMENTS: dict[str, tuple[tuple[Any, ...], type[Exception], str]] = {
     "mean": (
         ((0.5, 0.5, 0.5),),
         TypeError,
-        r"expected normalization to be a pixfuse.Normalization, got tuple; pass pixfuse.Norm",
+        r"expected normalization to be a pixfuse.Normalization, got tuple; use pixfuse.Norm",
     ),
     "dtype": (
         (pixfuse.UNIT, torch.uint8),

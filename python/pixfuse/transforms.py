@@ -10,10 +10,11 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from pixfuse.functional import normalize
+from pixfuse._checks import LARGEST, check_is_normalization, raise_too_large
+from pixfuse._library import DTYPE_CODES
+from pixfuse.functional import crop_mirror_normalize, normalize
 from pixfuse.normalization import UNIT, Normalization
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 #: The Pillow modes in which torchvision's channels are the image's own.
 _PILLOW_MODES = ("1", "L", "RGB", "RGBA")
 
@@ -65,22 +66,14 @@ class ToNormalized(nn.Module):
         self, normalization: Normalization = UNIT, dtype: torch.dtype = torch.float32
     ) -> None:
         super().__init__()
-        if not isinstance(normalization, Normalization):
-            raise TypeError(
-                "ToNormalized: expected normalization to be a pixfuse.Normalization, got "
-                f"{type(normalization).__name__}; pass pixfuse.Normalization(mean, std)"
-            )
-        if dtype not in _DTYPES:
+        check_is_normalization("ToNormalized", normalization)
+        if dtype not in DTYPE_CODES:
             raise TypeError(
                 "ToNormalized: expected dtype to be torch.float32, float16 or bfloat16, got "
                 f"{dtype!r}"
             )
-        largest = torch.finfo(dtype).max
-        if normalization.largest > largest:
-            raise ValueError(
-                f"ToNormalized: expected results that fit {dtype} (up to {largest:.6g}), got "
-                f"results up to {normalization.largest:.6g}; use torch.float32 or a larger std"
-            )
+        if normalization.largest > LARGEST[dtype]:
+            raise_too_large("ToNormalized", normalization, dtype)
         self.normalization = normalization
         self.dtype = dtype
 
@@ -110,9 +103,10 @@ class ToNormalized(nn.Module):
             _check_array(image)
         else:
             _check_mode(image.mode)
-            image = np.asarray(image.convert("L") if image.mode == "1" else image)
-        pixels = image[:, :, None] if image.ndim == 2 else image
-        return normalize(pixels, self.normalization, input_layout="NHWC", dtype=self.dtype)
+        batch: torch.Tensor = crop_mirror_normalize(
+            [image], None, self.normalization, dtype=self.dtype
+        )
+        return batch[0]
 
     def _normalized_tensor(self, image: torch.Tensor) -> torch.Tensor:
         _check_tensor(image)
