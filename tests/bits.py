@@ -7,11 +7,13 @@ _INTEGER = {
     torch.float32: torch.int32,
     torch.float16: torch.int16,
     torch.bfloat16: torch.int16,
+    torch.uint8: torch.uint8,
+    torch.bool: torch.uint8,
 }
 
 
 def bits_of(tensor: torch.Tensor) -> torch.Tensor:
-    """The bit patterns of a float tensor, as integers on the CPU."""
+    """The bit patterns of a tensor, as integers on the CPU."""
     return tensor.detach().cpu().view(_INTEGER[tensor.dtype])
 
 

@@ -42,6 +42,26 @@ def test_values_that_compare_oddly_are_caught(actual: float, expected: float) ->
         assert_same_bits(torch.tensor([actual]), torch.tensor([expected]))
 
 
+@pytest.mark.parametrize(
+    ("actual", "expected", "dtype"),
+    [(3, 2, torch.uint8), (255, 0, torch.uint8), (1, 0, torch.bool)],
+)
+def test_bytes_and_masks_are_compared(actual: int, expected: int, dtype: torch.dtype) -> None:
+    tensor = torch.zeros(2, 3, 4, 5, dtype=dtype) + torch.tensor(expected, dtype=dtype)
+    changed = tensor.clone()
+    assert_same_bits(changed, tensor)
+    changed[1, 2, 3, 4] = actual
+    with pytest.raises(AssertionError, match=r"1 of 120 elements differ, .* at \(1, 2, 3, 4\)"):
+        assert_same_bits(changed, tensor)
+
+
+def test_a_true_of_other_bits_is_caught() -> None:
+    """Torch reads any byte but 0 as True; a mask is to hold 1."""
+    true = torch.tensor([1], dtype=torch.uint8).view(torch.bool)
+    with pytest.raises(AssertionError, match="1 of 1 elements differ"):
+        assert_same_bits(torch.tensor([255], dtype=torch.uint8).view(torch.bool), true)
+
+
 def test_dtype_shape_and_strides_are_compared() -> None:
     tensor = torch.zeros(2, 3, 4, 5)
     with pytest.raises(AssertionError, match="dtype"):

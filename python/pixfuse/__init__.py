@@ -2,7 +2,9 @@
 
 from pixfuse import reference, transforms
 from pixfuse._library import empty_cache, info
+from pixfuse.collate import Collate
 from pixfuse.functional import crop_mirror_normalize, normalize
+from pixfuse.loader import DeviceLoader
 from pixfuse.normalization import (
     CIFAR10,
     CIFAR100,
@@ -30,6 +32,8 @@ __all__ = [
     "SIGNED",
     "SVHN",
     "UNIT",
+    "Collate",
+    "DeviceLoader",
     "Normalization",
     "crop_mirror_normalize",
     "empty_cache",

@@ -5,7 +5,9 @@ Written for reading, not for speed: each rounding is spelled out step by step.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,7 +47,168 @@ def normalize(
     return out.copy_(values)
 
 
+#: What Pillow is asked to convert a mode to, step by step; L, RGB, RGBX and RGBA are read as such.
+_PILLOW_CONVERSIONS = {
+    "1": ("L",),
+    "PA": ("RGBA",),
+    "LA": ("RGBA",),
+    "La": ("LA", "RGBA"),  # Pillow has no direct way
+    "RGBa": ("RGBA",),
+    "CMYK": ("RGB",),
+    "YCbCr": ("RGB",),
+    "LAB": ("RGB",),
+    "HSV": ("RGB",),
+}
+
+
+def crop_mirror_normalize(
+    images: Sequence[Any] | torch.Tensor,
+    size: int | Sequence[int] | None = None,
+    normalization: Normalization = UNIT,
+    *,
+    anchor: Any = (0.5, 0.5),
+    top: Any = None,
+    left: Any = None,
+    mirror: Any = False,
+    flip: Any = False,
+    channels: int | None = None,
+    out_of_bounds: str = "error",
+    fill: Any = 0.0,
+    fill_space: str = "input",
+    return_mask: bool = False,
+    dtype: torch.dtype = torch.float32,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Do what :func:`pixfuse.crop_mirror_normalize` does, in plain torch operations.
+
+    One image after the other: to (C, H, W) bytes, to the common number of channels, its window,
+    with the fill where the window leaves the image, mirrored, flipped; then the arithmetic of
+    :func:`pixfuse.reference.normalize`, for the fill in pixel units as for a byte.
+
+    Args:
+        images: Pillow images, numpy arrays (H, W) or (H, W, C), tensors (C, H, W); or one tensor
+            (N, C, H, W).
+        size: of the windows, one int or (height, width); None: of the images.
+        normalization: what a pixel becomes; of no effect for ``dtype=torch.uint8``.
+        anchor: where a window lies, 0 to 1 of the slack: (vertical, horizontal), or N pairs.
+        top: first row of each window, an int or N; with ``left``, in the place of ``anchor``.
+        left: first column of each window, an int or N.
+        mirror: whether each window is mirrored left to right, a bool or N.
+        flip: whether each window is turned upside down, a bool or N.
+        channels: of the result; None: of the images, 3 where some have 3 and others 1.
+        out_of_bounds: of no effect: a window that leaves its image is always filled.
+        fill: a number, or one per channel.
+        fill_space: ``"input"``: fill is in units of pixels; ``"output"``: of the result.
+        return_mask: whether to return too which pixels come from an image.
+        dtype: float32, float16, bfloat16 or uint8.
+        memory_format: contiguous or channels_last.
+
+    Returns:
+        A tensor (N, C, height, width) of ``dtype`` in ``memory_format``; with ``return_mask`` also
+        a bool tensor (N, height, width), True where a pixel comes from an image.
+
+    Raises:
+        Nothing of its own: arguments are taken as they come.
+    """
+    pixels = _same_channels([_channels_first(image) for image in images], channels)
+    count, device = len(pixels), pixels[0].device
+    height, width = _height_and_width(size, pixels[0])
+    if top is None:
+        pairs = np.broadcast_to(np.asarray(anchor, dtype=np.float64), (count, 2)).tolist()
+        tops = [_offset(a, p.shape[1] - height) for (a, _), p in zip(pairs, pixels, strict=True)]
+        lefts = [_offset(a, p.shape[2] - width) for (_, a), p in zip(pairs, pixels, strict=True)]
+    else:
+        tops = np.broadcast_to(np.asarray(top), (count,)).tolist()
+        lefts = np.broadcast_to(np.asarray(left), (count,)).tolist()
+    mirrors = np.broadcast_to(np.asarray(mirror), (count,)).tolist()
+    flips = np.broadcast_to(np.asarray(flip), (count,)).tolist()
+
+    fills = torch.tensor(np.asarray(fill, dtype=np.float64), device=device).reshape(-1, 1, 1)
+    values, masks = [], []
+    for image, row, column, mirrored, flipped in zip(
+        pixels, tops, lefts, mirrors, flips, strict=True
+    ):
+        # In float64, which holds every byte and every fill.
+        window, mask = _window(image.to(torch.float64), row, column, height, width, fills)
+        turned = ([-1] if mirrored else []) + ([-2] if flipped else [])
+        values.append(window.flip(turned))
+        masks.append(mask.flip(turned))
+    batch, mask = torch.stack(values), torch.stack(masks)
+
+    if dtype is not torch.uint8:
+        batch = _float32_values(batch, normalization)
+        if fill_space == "output":
+            batch = torch.where(mask[:, None], batch, fills.to(torch.float32))
+    result = batch.new_empty_strided(
+        batch.shape, dense_strides(batch.shape, memory_format is torch.channels_last), dtype=dtype
+    ).copy_(batch)
+    return (result, mask) if return_mask else result
+
+
+def _channels_first(image: Any) -> torch.Tensor:
+    """One image as uint8 (C, H, W)."""
+    if isinstance(image, torch.Tensor):
+        return image.as_subclass(torch.Tensor)
+    if isinstance(image, np.ndarray):
+        array = image
+    else:  # Pillow
+        steps = _PILLOW_CONVERSIONS.get(image.mode, ())
+        if image.mode == "P":
+            steps = ("RGBA",) if image.has_transparency_data else ("RGB",)
+        for mode in steps:
+            image = image.convert(mode)
+        array = np.asarray(image)
+        if image.mode == "RGBX":
+            array = array[:, :, :3]  # the fourth byte is padding
+    # A copy: torch has no negative strides, and warns of arrays that it may not write to.
+    tensor = torch.from_numpy(np.array(array, order="C"))
+    return tensor[None] if tensor.ndim == 2 else tensor.permute(2, 0, 1)
+
+
+def _same_channels(pixels: list[torch.Tensor], channels: int | None) -> list[torch.Tensor]:
+    if channels is None:  # the most that any image has: they are alike, or of 1 and 3
+        channels = max(image.shape[0] for image in pixels)
+    same = []
+    for image in pixels:
+        if image.shape[0] == 4 and channels == 3:
+            same.append(image[:3])
+        else:
+            same.append(image.expand(channels, -1, -1))
+    return same
+
+
+def _height_and_width(size: int | Sequence[int] | None, pixels: torch.Tensor) -> tuple[int, int]:
+    if size is None:
+        return pixels.shape[1], pixels.shape[2]
+    if isinstance(size, int):
+        return size, size
+    height, width = size
+    return height, width
+
+
+def _offset(anchor: float, slack: int) -> int:
+    """Where a window begins in an image that is larger by ``slack``, or smaller where below 0."""
+    # Python rounds halves to even and int() towards 0, as torchvision's center_crop does.
+    return round(anchor * slack) if slack >= 0 else int(anchor * slack)
+
+
+def _window(
+    image: torch.Tensor, top: int, left: int, height: int, width: int, fill: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A window of an image, ``fill`` where it leaves the image, and where it does not."""
+    rows = torch.arange(top, top + height, device=image.device)
+    columns = torch.arange(left, left + width, device=image.device)
+    _, image_height, image_width = image.shape
+    row_is_inside = (rows >= 0) & (rows < image_height)
+    column_is_inside = (columns >= 0) & (columns < image_width)
+    mask = row_is_inside[:, None] & column_is_inside
+    rows, columns = rows.clamp(0, image_height - 1), columns.clamp(0, image_width - 1)
+    return torch.where(mask, image[:, rows][:, :, columns], fill), mask
+
+
 def _float32_values(pixels: torch.Tensor, normalization: Normalization) -> torch.Tensor:
+    """The arithmetic, of bytes or of other numbers in their units."""
+
     def per_channel(values: list[float], dtype: torch.dtype) -> torch.Tensor:
         return torch.tensor(values, dtype=dtype, device=pixels.device).view(-1, 1, 1)
 
