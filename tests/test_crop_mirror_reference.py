@@ -18,6 +18,7 @@ from tests.bits import assert_same_bits
 from tests.exact import round_to_float32
 from tests.images import all_values, random_bytes
 from tests.normalizations import ROUNDINGS, made_up, with_rounding
+from tests.samples import PILLOW_IMAGES, pillow
 
 transforms = import_torchvision("torchvision.transforms")
 v2 = import_torchvision("torchvision.transforms.v2")
@@ -39,12 +40,6 @@ def normalized(images: Any, *args: Any, **options: Any) -> torch.Tensor:
     result = crop_mirror_normalize(images, *args, **options)
     assert isinstance(result, torch.Tensor)
     return result
-
-
-def pillow(mode: str, height: int, width: int) -> Image.Image:
-    channels = {"L": 1, "RGB": 3, "RGBA": 4}[mode]
-    pixels = random_bytes(height, width, channels).numpy()
-    return Image.fromarray(pixels[:, :, 0] if mode == "L" else pixels)
 
 
 def dense(tensor: torch.Tensor) -> torch.Tensor:
@@ -323,42 +318,10 @@ def test_arrays_tensors_and_pillow_images_are_the_same() -> None:
     assert type(together) is torch.Tensor
 
 
-def with_transparency() -> Image.Image:
-    image = palette()
-    image.info["transparency"] = 3
-    return image
-
-
-def palette() -> Image.Image:
-    image = Image.frombytes("P", (16, 16), bytes(range(256)))
-    image.putpalette(random_bytes(768).numpy().tobytes())
-    return image
-
-
-# What v2 would be given by a user who converts first; and the channels that come out.
-CONVERSIONS: dict[str, tuple[Callable[[], Image.Image], tuple[str, ...]]] = {
-    "1": (lambda: pillow("L", 16, 16).convert("1"), ("L",)),
-    "L": (lambda: pillow("L", 16, 16), ()),
-    "P": (palette, ("RGB",)),
-    "P with transparency": (with_transparency, ("RGBA",)),
-    "PA": (lambda: palette().convert("PA"), ("RGBA",)),
-    "LA": (lambda: pillow("RGBA", 16, 16).convert("LA"), ("RGBA",)),
-    "La": (lambda: pillow("RGBA", 16, 16).convert("LA").convert("La"), ("LA", "RGBA")),
-    "RGB": (lambda: pillow("RGB", 16, 16), ()),
-    "RGBX": (lambda: pillow("RGB", 16, 16).convert("RGBX"), ("RGB",)),
-    "RGBA": (lambda: pillow("RGBA", 16, 16), ()),
-    "RGBa": (lambda: pillow("RGBA", 16, 16).convert("RGBa"), ("RGBA",)),
-    "CMYK": (lambda: pillow("RGB", 16, 16).convert("CMYK"), ("RGB",)),
-    "YCbCr": (lambda: pillow("RGB", 16, 16).convert("YCbCr"), ("RGB",)),
-    "LAB": (lambda: Image.frombytes("LAB", (16, 16), random_bytes(768).numpy()), ("RGB",)),
-    "HSV": (lambda: pillow("RGB", 16, 16).convert("HSV"), ("RGB",)),
-}
-
-
-@pytest.mark.parametrize("case", CONVERSIONS)
+@pytest.mark.parametrize("case", PILLOW_IMAGES)
 def test_modes(case: str) -> None:
-    make, conversions = CONVERSIONS[case]
-    image = make()
+    make, conversions = PILLOW_IMAGES[case]
+    image = make(16, 16)
     assert image.mode == case.split(maxsplit=1)[0]
     converted = image
     for mode in conversions:

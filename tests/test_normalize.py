@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import pixfuse
 from pixfuse.normalization import Rounding
 from tests.bits import assert_same_bits
+from tests.guards import assert_guards_untouched, guarded_output
 from tests.images import (
     LAYOUTS,
     LONG_WIDTHS,
@@ -29,8 +30,6 @@ from tests.normalizations import DTYPES, EXTREMES, PRESETS, ROUNDINGS, made_up, 
 FORMATS = (torch.contiguous_format, torch.channels_last, torch.preserve_format)
 DENSE_FORMATS = (torch.contiguous_format, torch.channels_last)
 
-GUARD = 64  # elements before and after an output that must stay as they were
-
 
 def check(images: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     """Compares one call with the reference, and sees that the images are as they were."""
@@ -39,28 +38,6 @@ def check(images: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     assert_same_bits(ours, pixfuse.reference.normalize(images.cpu(), *args, **kwargs))
     assert torch.equal(whole_storage(images), before), "the images were written to"
     return ours
-
-
-def guarded_output(
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    memory_format: torch.memory_format,
-    device: torch.device,
-    offset: int = 0,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """An output `offset` elements off its alignment, and the larger buffer that it lies in."""
-    elements = torch.Size(shape).numel()
-    buffer = torch.full((elements + 2 * GUARD + offset,), 7.0, dtype=dtype, device=device)
-    dense = buffer[GUARD + offset : GUARD + offset + elements]
-    if memory_format is torch.channels_last:
-        *batch, channels, height, width = shape
-        return dense.view(*batch, height, width, channels).movedim(-1, -3), buffer
-    return dense.view(shape), buffer
-
-
-def assert_guards_untouched(buffer: torch.Tensor, offset: int = 0) -> None:
-    assert bool((buffer[: GUARD + offset] == 7.0).all()), "written before the output"
-    assert bool((buffer[-GUARD:] == 7.0).all()), "written after the output"
 
 
 # --- values ---

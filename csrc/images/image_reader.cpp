@@ -113,6 +113,7 @@ struct Names {
   PyObject* load = name_of("load");
   PyObject* mode = name_of("mode");
   PyObject* size = name_of("size");
+  PyObject* im = name_of("im");
   PyObject* arrow = name_of("__arrow_c_array__");
   PyObject* convert = name_of("convert");
   PyObject* tobytes = name_of("tobytes");
@@ -229,23 +230,23 @@ ImageSource ImageReader::read_pillow(PyObject* original, Py_ssize_t index, Holde
 
   if (arrow_) {
     const int64_t bytes = mode->channels == 1 ? 1 : 4;
-    py::object exported;
+    py::object capsule;
     try {
-      exported = call(image.ptr(), name.arrow);
+      // As image.__arrow_c_array__() does, without the schema: the mode has said what it says.
+      capsule = call(attribute(image.ptr(), name.im).ptr(), name.arrow);
     } catch (py::error_already_set& error) {
       // Over one block of Pillow's memory, or mapped from a file: copied below.
       if (!error.matches(PyExc_ValueError)) raise_unreadable(error, index);
     }
-    if (exported && PyTuple_Check(exported.ptr()) && PyTuple_GET_SIZE(exported.ptr()) == 2) {
-      PyObject* capsule = PyTuple_GET_ITEM(exported.ptr(), 1);
+    if (capsule) {
       const auto* array =
-          static_cast<const ArrowArray*>(PyCapsule_GetPointer(capsule, "arrow_array"));
+          static_cast<const ArrowArray*>(PyCapsule_GetPointer(capsule.ptr(), "arrow_array"));
       if (array == nullptr) throw py::error_already_set();
       source.pixels = exported_pixels(*array, height * width, bytes);
       if (source.pixels != nullptr) {
         source.row_stride = width * bytes;
         source.pixel_stride = bytes;
-        holder.hold(py::reinterpret_borrow<py::object>(capsule));
+        holder.hold(std::move(capsule));
         return source;
       }
     }

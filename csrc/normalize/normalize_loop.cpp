@@ -194,15 +194,52 @@ void interleave(const uint8_t* __restrict in, int64_t channel_stride, uint8_t* _
   }
 }
 
-// From pixels of `step` bytes to pixels of `channels`; `first` is the place of channel 0 in a pixel
-// and `direction`, 1 or -1, the way to the next channel.
-template <int channels, int step, int first, int direction>
-void copy_pixels(const uint8_t* __restrict in, uint8_t* __restrict pixels, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
-    for (int c = 0; c < channels; ++c) {
-      pixels[channels * i + c] = in[step * i + first + direction * c];
+// From pixels of `step` bytes to pixels of `channels` bytes, for the two ways to go through the
+// pixels and through the channels of one. gcc does not vectorize what turns groups of three around,
+// so the shuffle is spelled out: 16 bytes at a time, as many pixels as are whole in them. They are
+// read forwards, as memory is prefetched, and written backwards if mirrored.
+template <int channels, int step, bool mirrored, bool backward>
+struct PixelOrder {
+  using Bytes = uint8_t __attribute__((vector_size(16)));
+  static constexpr int kPixels = 16 / step;
+
+  // The place of channel c in a pixel that is read.
+  static constexpr int place(int c) { return backward ? channels - 1 - c : c; }
+
+  static void run(const uint8_t* __restrict in, uint8_t* __restrict out, int64_t count) {
+    // Of the 16 bytes that are written, those that are not meant lie where the next ones go.
+    constexpr int kUnused = 16 - channels * kPixels;
+    Bytes order;
+    for (int b = 0; b < 16; ++b) {
+      const int used = mirrored ? b - kUnused : b;
+      const int pixel = used / channels, c = used % channels;
+      const bool meant = used >= 0 && pixel < kPixels;
+      order[b] = static_cast<uint8_t>(
+          meant ? step * (mirrored ? kPixels - 1 - pixel : pixel) + place(c) : 0);
+    }
+    int64_t i = 0;
+    for (; (count - i) * channels >= 16 && (count - i) * step >= 16; i += kPixels) {
+      Bytes bytes;
+      __builtin_memcpy(&bytes, in + step * i, sizeof bytes);
+      bytes = __builtin_shuffle(bytes, order);
+      uint8_t* to = out + (mirrored ? channels * (count - i) - 16 : channels * i);
+      __builtin_memcpy(to, &bytes, sizeof bytes);
+    }
+    for (; i < count; ++i) {
+      uint8_t* to = out + channels * (mirrored ? count - 1 - i : i);
+      for (int c = 0; c < channels; ++c) to[c] = in[step * i + place(c)];
     }
   }
+};
+
+template <int channels, int step>
+void order_pixels(const uint8_t* in, uint8_t* out, int64_t count, bool mirrored, bool backward) {
+  if (mirrored) {
+    return backward ? PixelOrder<channels, step, true, true>::run(in, out, count)
+                    : PixelOrder<channels, step, true, false>::run(in, out, count);
+  }
+  return backward ? PixelOrder<channels, step, false, true>::run(in, out, count)
+                  : PixelOrder<channels, step, false, false>::run(in, out, count);
 }
 
 void gather(const uint8_t* __restrict in, int64_t in_step, uint8_t* __restrict out,
@@ -210,30 +247,8 @@ void gather(const uint8_t* __restrict in, int64_t in_step, uint8_t* __restrict o
   for (int64_t i = 0; i < count; ++i) out[i * out_step] = in[i * in_step];
 }
 
-// The last pixel comes first. `channels` bytes each.
-template <int channels>
-void reverse_pixels_of(const uint8_t* __restrict in, uint8_t* __restrict out, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
-    for (int c = 0; c < channels; ++c) out[channels * i + c] = in[channels * (count - 1 - i) + c];
-  }
-}
-
-void reverse_pixels(const uint8_t* __restrict in, uint8_t* __restrict out, int64_t channels,
-                    int64_t count) {
-  switch (channels) {
-    case 1:
-      return reverse_pixels_of<1>(in, out, count);
-    case 3:
-      return reverse_pixels_of<3>(in, out, count);
-    case 4:
-      return reverse_pixels_of<4>(in, out, count);
-    default:
-      for (int64_t i = 0; i < count; ++i) {
-        for (int64_t c = 0; c < channels; ++c) {
-          out[channels * i + c] = in[channels * (count - 1 - i) + c];
-        }
-      }
-  }
+void reverse(const uint8_t* __restrict in, uint8_t* __restrict out, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) out[i] = in[count - 1 - i];
 }
 
 // Where the `count` pixels of a block lie: from the lowest address on, and whether that is the last
@@ -299,7 +314,7 @@ void normalize_planar(const NormalizeArgs& args, const uint8_t* in, T* out, int6
       }
     }
     for (int k = 0; k < distinct && pixels.mirrored; ++k) {
-      reverse_pixels_of<1>(source[k], ordered[k], count);
+      reverse(source[k], ordered[k], count);
       source[k] = ordered[k];
     }
     for (int k = 0; k < group; ++k) {
@@ -321,31 +336,41 @@ void normalize_interleaved(const NormalizeArgs& args, const uint8_t* in, T* out,
                            const Cycle& cycle) {
   const int64_t channels = args.sizes[1], in_channel = args.image_strides[1];
   const Pixels from = pixels_of(args, in, count);
-  alignas(64) uint8_t pixels[Cycle::kMaxChannels * kBlockPixels];
-  alignas(64) uint8_t turned[Cycle::kMaxChannels * kBlockPixels];
+  const bool backward = in_channel == -1;
+  const bool together = in_channel == 1 || backward;  // the channels of a pixel
+  const uint8_t* lowest = from.lowest - (backward ? channels - 1 : 0);
+  alignas(64) uint8_t staged[Cycle::kMaxChannels * kBlockPixels];
+  // What is written backwards goes to the cache first.
+  uint8_t* const pixels = bytes_of(out) != nullptr && !from.mirrored ? bytes_of(out) : staged;
 
-  uint8_t* final = bytes_of(out);
-  uint8_t* ordered = final != nullptr ? final : turned;
-  uint8_t* staged = final != nullptr && !from.mirrored ? final : pixels;
-  const uint8_t* source = staged;
-  if (in_channel == 1 && from.step == channels) {
-    source = from.lowest;
-  } else if (channels == 3 && from.step == 1) {
-    interleave<3>(from.lowest, in_channel, staged, count);
-  } else if (channels == 4 && from.step == 1) {
-    interleave<4>(from.lowest, in_channel, staged, count);
-  } else if (channels == 3 && in_channel == 1 && from.step == 4) {
-    copy_pixels<3, 4, 0, 1>(from.lowest, staged, count);
-  } else if (channels == 3 && in_channel == -1 && from.step == 3) {
-    copy_pixels<3, 3, 2, -1>(from.lowest - 2, staged, count);
+  const uint8_t* source = pixels;
+  if (in_channel == 1 && from.step == channels && !from.mirrored) {
+    source = in;
+  } else if (channels == 3 && together && from.step == 3) {
+    order_pixels<3, 3>(lowest, pixels, count, from.mirrored, backward);
+  } else if (channels == 3 && together && from.step == 4) {
+    order_pixels<3, 4>(lowest, pixels, count, from.mirrored, backward);
+  } else if (channels == 4 && together && from.step == 4) {
+    order_pixels<4, 4>(lowest, pixels, count, from.mirrored, backward);
+  } else if ((channels == 3 || channels == 4) && from.step == 1) {
+    alignas(64) uint8_t runs[kMaxGroup][kBlockPixels];
+    const uint8_t* planes = from.lowest;
+    int64_t plane_stride = in_channel;
+    if (from.mirrored) {
+      const int64_t distinct = in_channel == 0 ? 1 : channels;
+      for (int64_t c = 0; c < distinct; ++c) reverse(planes + c * in_channel, runs[c], count);
+      planes = runs[0];
+      plane_stride = in_channel == 0 ? 0 : kBlockPixels;
+    }
+    if (channels == 3) {
+      interleave<3>(planes, plane_stride, pixels, count);
+    } else {
+      interleave<4>(planes, plane_stride, pixels, count);
+    }
   } else {
     for (int64_t c = 0; c < channels; ++c) {
-      gather(from.lowest + c * in_channel, from.step, staged + c, channels, count);
+      gather(in + c * in_channel, args.image_strides[3], pixels + c, channels, count);
     }
-  }
-  if (from.mirrored) {
-    reverse_pixels(source, ordered, channels, count);
-    source = ordered;
   }
   convert(args, source, out, count * channels, cycle);
 }

@@ -28,8 +28,8 @@ class Images:
     count: int
     #: (height, width, channels) of every image; None when they differ.
     common: tuple[int, int, int] | None
-    #: (N, 3), the same of each image; None when they are all alike.
-    each: torch.Tensor | None
+    #: The same of each image, an array (N, 3); a list of them where torch.compile traces.
+    each: Any
 
 
 def read_images(images: Any) -> Images:
@@ -51,8 +51,8 @@ def read_images(images: Any) -> Images:
     if bool((sizes == sizes[0]).all()):
         height, width, channels = sizes[0].tolist()
         common = (height, width, channels)
-        return Images(memory, [], torch.device("cpu"), len(sizes), common, None)
-    return Images(memory, [], torch.device("cpu"), len(sizes), None, torch.from_numpy(sizes))
+        return Images(memory, [], torch.device("cpu"), len(sizes), common, sizes)
+    return Images(memory, [], torch.device("cpu"), len(sizes), None, sizes)
 
 
 def _pillow_exports_memory() -> bool:
@@ -147,6 +147,6 @@ def _read_tensors(images: Sequence[Any]) -> Images:
         shapes.append((height, width, channels))
     tensors = list(images)
     if all(shape == shapes[0] for shape in shapes):
-        return Images(None, tensors, device, len(tensors), shapes[0], None)
-    each = torch.tensor(shapes, dtype=torch.int64, device="cpu")
+        return Images(None, tensors, device, len(tensors), shapes[0], shapes)
+    each = shapes if torch.compiler.is_compiling() else np.array(shapes)
     return Images(None, tensors, device, len(tensors), None, each)

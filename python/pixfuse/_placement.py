@@ -12,6 +12,8 @@ from pixfuse._image_input import Images
 
 _NAME = "crop_mirror_normalize"
 _FARTHEST = 2**31 - 1
+_ANCHOR = "(vertical, horizontal) or one such pair per image"
+_PAD_HINT = 'pass out_of_bounds="pad" to fill what lies outside'
 
 
 def resolve_channels(images: Images, channels: Any) -> int:
@@ -26,8 +28,7 @@ def resolve_channels(images: Images, channels: Any) -> int:
     if images.common is not None:
         counts = [images.common[2]]
     else:
-        assert images.each is not None
-        counts = images.each[:, 2].tolist()
+        counts = [int(size[2]) for size in images.each]
     if channels is None:
         distinct = set(counts)
         if len(distinct) == 1:
@@ -57,18 +58,15 @@ def resolve_size(images: Images, size: int | Sequence[int] | None) -> tuple[int,
     if size is None:
         if images.common is not None:
             return images.common[:2]
-        assert images.each is not None
-        sizes = images.each[:, :2]
-        differs = (sizes != sizes[0]).any(1)
-        if bool(differs.any()):
-            n = int(differs.to(torch.uint8).argmax())
-            (h0, w0), (h, w) = sizes[0].tolist(), sizes[n].tolist()
-            raise ValueError(
-                f"{_NAME}: expected images of one size, as size is None, got {h0} x {w0} in "
-                f"images[0] and {h} x {w} in images[{n}]; pass size=(height, width)"
-            )
-        height, width = sizes[0].tolist()
-        return height, width
+        (height, width, _), *others = images.each
+        for n, other in enumerate(others, 1):
+            if other[0] != height or other[1] != width:
+                raise ValueError(
+                    f"{_NAME}: expected images of one size, as size is None, got {height} x "
+                    f"{width} in images[0] and {other[0]} x {other[1]} in images[{n}]; pass "
+                    "size=(height, width)"
+                )
+        return int(height), int(width)
     if isinstance(size, (int, np.integer)) and not isinstance(size, bool):
         pair: tuple[Any, ...] = (size, size)
     elif isinstance(size, torch.SymInt):
@@ -116,122 +114,134 @@ def placements_of(
         raise ValueError(
             f"{_NAME}: expected top and left together, got {missing}=None; pass both or neither"
         )
+    if torch.compiler.is_compiling():
+        return _traced_placements(images, size, anchor, top, left, mirror, flip, out_of_bounds)
+    sizes = np.array([images.common]) if images.common is not None else images.each
+    slack = sizes[:, :2] - size
+    placements = np.empty((images.count, 4), np.int64)
+    if top is None:
+        offset = _anchors(anchor, images.count) * slack
+        # rint() takes halves to even; both are what torchvision's center_crop does.
+        placements[:, :2] = np.where(offset >= 0, np.rint(offset), np.trunc(offset))
+    else:
+        placements[:, 0] = _integers("top", top, images.count)
+        placements[:, 1] = _integers("left", left, images.count)
+    placements[:, 2] = _booleans("mirror", mirror, images.count)
+    placements[:, 3] = _booleans("flip", flip, images.count)
+    if out_of_bounds == "error":
+        begin = placements[:, :2]
+        inside = (begin >= 0) & (begin <= slack)
+        if not inside.all():
+            n = int(inside.all(1).argmin())
+            height, width, _ = np.broadcast_to(sizes, (images.count, 3))[n].tolist()
+            raise ValueError(
+                f"{_NAME}: expected the window of images[{n}] inside its {height} x {width} "
+                f"pixels, got a window of size {size[0]} x {size[1]} at top {begin[n, 0]}, left "
+                f"{begin[n, 1]}; {_PAD_HINT}"
+            )
+    return torch.from_numpy(placements)
+
+
+def _traced_placements(
+    images: Images,
+    size: tuple[int, int],
+    anchor: Any,
+    top: Any,
+    left: Any,
+    mirror: Any,
+    flip: Any,
+    out_of_bounds: str,
+) -> torch.Tensor:
+    """The same as operations of torch, for torch.compile: other values need no other graph."""
+
+    def numbers(value: Any, dtype: torch.dtype) -> torch.Tensor:
+        if isinstance(value, torch.Tensor):
+            return value.to("cpu", dtype)
+        return torch.tensor(value, dtype=dtype, device="cpu")
+
     height: Any
     width: Any
     if images.common is not None:
         height, width, _ = images.common
     else:
-        assert images.each is not None
-        height, width = images.each[:, 0], images.each[:, 1]
+        height = numbers([size[0] for size in images.each], torch.int64)
+        width = numbers([size[1] for size in images.each], torch.int64)
     if top is None:
-        anchors = _anchors(anchor, images.count)
-        tops = _begin(anchors[:, 0], height - size[0])
-        lefts = _begin(anchors[:, 1], width - size[1])
-    else:
-        tops = _integers("top", top, images.count)
-        lefts = _integers("left", left, images.count)
-    if out_of_bounds == "error":
-        _check_inside(tops, lefts, size, height, width)
-    rows = torch.broadcast_tensors(
-        tops,
-        lefts,
-        _booleans("mirror", mirror, images.count).to(torch.int64),
-        _booleans("flip", flip, images.count).to(torch.int64),
-    )
-    return torch.stack(rows, 1).expand(images.count, 4).contiguous()
-
-
-def _begin(anchor: torch.Tensor, slack: Any) -> torch.Tensor:
-    offset = anchor * slack
-    # round() takes halves to even; both are what torchvision's center_crop does.
-    return torch.where(offset >= 0, offset.round(), offset.trunc()).to(torch.int64)
-
-
-def _check_inside(
-    tops: torch.Tensor, lefts: torch.Tensor, size: tuple[int, int], height: Any, width: Any
-) -> None:
-    inside = (tops >= 0) & (lefts >= 0) & (tops <= height - size[0]) & (lefts <= width - size[1])
-    hint = 'pass out_of_bounds="pad" to fill what lies outside'
-    if torch.compiler.is_compiling():
-        torch._assert_async(
-            inside.all(), f"{_NAME}: expected every window inside its image; {hint}"
+        anchors = numbers(anchor, torch.float64)
+        if anchors.shape not in ((2,), (images.count, 2)):
+            raise ValueError(_anchor_message(images.count, tuple(anchors.shape)))
+        inside = (anchors >= 0) & (anchors <= 1)
+        torch._assert_async(inside.all(), f"{_NAME}: expected anchor from 0 to 1")
+        vertical, horizontal = (
+            anchors[..., 0] * (height - size[0]),
+            anchors[..., 1] * (width - size[1]),
         )
-        return
-    if bool(inside.all()):
-        return
-    n = int(inside.to(torch.uint8).argmin())
-    top, left, h, w = (
-        int(torch.as_tensor(value, device="cpu").expand(inside.shape)[n])
-        for value in (tops, lefts, height, width)
-    )
-    raise ValueError(
-        f"{_NAME}: expected the window of images[{n}] inside its {h} x {w} pixels, got a window of "
-        f"size {size[0]} x {size[1]} at top {top}, left {left}; {hint}"
-    )
+        tops = torch.where(vertical >= 0, vertical.round(), vertical.trunc()).to(torch.int64)
+        lefts = torch.where(horizontal >= 0, horizontal.round(), horizontal.trunc()).to(torch.int64)
+    else:
+        tops, lefts = numbers(top, torch.int64), numbers(left, torch.int64)
+    if out_of_bounds == "error":
+        rows_inside = (tops >= 0) & (tops <= height - size[0])
+        columns_inside = (lefts >= 0) & (lefts <= width - size[1])
+        torch._assert_async(
+            (rows_inside & columns_inside).all(),
+            f"{_NAME}: expected every window inside its image; {_PAD_HINT}",
+        )
+    columns = [tops, lefts, numbers(mirror, torch.int64), numbers(flip, torch.int64)]
+    return torch.stack([column.expand(images.count) for column in columns], 1)
 
 
-def _as_tensor(name: str, value: Any, what: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """A number, or a sequence, array or tensor of numbers, as a tensor on the CPU.
-
-    Numbers of Python become ``dtype``; arrays and tensors have their own.
-    """
-    if isinstance(value, torch.Tensor):
-        return value.detach().cpu()
-    if isinstance(value, np.ndarray):
-        return torch.from_numpy(np.array(value, order="C"))  # a copy: writable, no negative strides
+def _array(name: str, value: Any, kinds: str, what: str) -> np.ndarray:
+    """A number, or a sequence, array or tensor of numbers, of one of numpy's kinds of dtype."""
     try:
-        return torch.tensor(value, dtype=dtype, device="cpu")
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{_NAME}: expected {name} to be {what}, got {value!r}") from None
+        array = (
+            value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+        )
+    except (TypeError, ValueError):
+        array = np.empty(0, object)
+    if array.dtype.kind not in kinds:
+        raise TypeError(f"{_NAME}: expected {name} to be {what}, got {value!r}")
+    return array
 
 
-def _check_count(name: str, values: torch.Tensor, count: int, what: str) -> torch.Tensor:
-    if values.ndim == 0:
-        return values.reshape(1)
-    if values.ndim != 1 or values.shape[0] != count:
+def _check_count(name: str, values: np.ndarray, count: int, what: str) -> np.ndarray:
+    if values.shape not in ((), (count,)):
         raise ValueError(
-            f"{_NAME}: expected {name} to be {what} ({count}), got shape {tuple(values.shape)}"
+            f"{_NAME}: expected {name} to be {what} ({count}), got shape {values.shape}"
         )
     return values
 
 
-def _booleans(name: str, value: Any, count: int) -> torch.Tensor:
+def _booleans(name: str, value: Any, count: int) -> Any:
+    if isinstance(value, bool):
+        return value
     what = "a bool or one bool per image"
-    values = _as_tensor(name, value, what)
-    if values.dtype is not torch.bool:
-        raise TypeError(f"{_NAME}: expected {name} to be {what}, got {value!r}")
-    return _check_count(name, values, count, what)
+    return _check_count(name, _array(name, value, "b", what), count, what)
 
 
-def _integers(name: str, value: Any, count: int) -> torch.Tensor:
+def _integers(name: str, value: Any, count: int) -> np.ndarray:
     what = "an int or one int per image"
-    values = _as_tensor(name, value, what)
-    if values.dtype is torch.bool or values.is_floating_point() or values.is_complex():
-        raise TypeError(f"{_NAME}: expected {name} to be {what}, got {value!r}")
-    values = _check_count(name, values.to(torch.int64), count, what)
-    if not torch.compiler.is_compiling() and bool((values.abs() > _FARTHEST).any()):
+    values = _check_count(name, _array(name, value, "iu", what), count, what)
+    if (values > _FARTHEST).any() or (values < -_FARTHEST).any():
         raise ValueError(f"{_NAME}: expected {name} within {_FARTHEST}, got {value!r}")
     return values
 
 
-def _anchors(value: Any, count: int) -> torch.Tensor:
-    """(1, 2) or (N, 2) float64."""
-    what = "(vertical, horizontal) or one such pair per image"
-    values = _as_tensor("anchor", value, what, torch.float64)
-    if values.dtype is torch.bool or values.is_complex():
-        raise TypeError(f"{_NAME}: expected anchor to be {what}, got {value!r}")
+def _anchor_message(count: int, shape: tuple[int, ...]) -> str:
+    return f"{_NAME}: expected anchor to be {_ANCHOR} ({count}), got shape {shape}"
+
+
+def _anchors(value: Any, count: int) -> np.ndarray:
+    """(2,) or (N, 2) float64."""
+    values = _array("anchor", value, "fiu", _ANCHOR).astype(np.float64)
     if values.shape not in ((2,), (count, 2)):
-        raise ValueError(
-            f"{_NAME}: expected anchor to be {what} ({count}), got shape {tuple(values.shape)}"
-        )
-    values = values.to(torch.float64).reshape(-1, 2)
+        raise ValueError(_anchor_message(count, values.shape))
     inside = (values >= 0) & (values <= 1)
-    if torch.compiler.is_compiling():
-        torch._assert_async(inside.all(), f"{_NAME}: expected anchor from 0 to 1")
-    elif not bool(inside.all()):
-        n = int(inside.all(1).to(torch.uint8).argmin())
-        where = f" in anchor[{n}]" if len(values) > 1 else ""
+    if not inside.all():
+        pairs = values.reshape(-1, 2)
+        n = int(inside.reshape(-1, 2).all(1).argmin())
+        where = f" in anchor[{n}]" if values.ndim > 1 else ""
         raise ValueError(
-            f"{_NAME}: expected anchor from 0 to 1, got {tuple(values[n].tolist())}{where}"
+            f"{_NAME}: expected anchor from 0 to 1, got {tuple(pairs[n].tolist())}{where}"
         )
     return values
