@@ -1,10 +1,11 @@
-"""Other processes: fresh interpreters and forked children."""
+"""Other processes: fresh interpreters, forked children, and what a process holds."""
 
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -29,3 +30,24 @@ def wait_for(child: int, seconds: float = 60) -> int:
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     return -signal.SIGKILL
+
+
+def torch_files() -> set[str]:
+    """Shared memory of torch that has a name."""
+    return {path.name for path in Path("/dev/shm").glob("torch_*")}
+
+
+def shared_mappings() -> int:
+    """Pieces of torch's shared memory that this process can see, named or not."""
+    return Path("/proc/self/maps").read_text().count("/dev/shm/torch_")
+
+
+def resident_bytes(kind: str = "VmRSS") -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(kind + ":"):
+            return int(line.split()[1]) * 1024
+    raise ValueError(kind)
+
+
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))

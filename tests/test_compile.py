@@ -412,3 +412,20 @@ def test_out_counts_as_modified() -> None:
     pixfuse.normalize(random_bytes(2, 3, 8, 9), pixfuse.CLIP, out=out)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         total.backward()
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("operand", OPERANDS)
+def test_fake_of_normalize_pinned(operand: str, memory_format: torch.memory_format) -> None:
+    """A tensor on the GPU from one on the CPU, laid out as that of normalize; needs no GPU."""
+    mean, std, code = [0.1, 0.2, 0.3], [0.5, 0.6, 0.7], MEMORY_FORMAT_CODES[memory_format]
+    images = OPERANDS[operand]()
+    expected = torch.ops.pixfuse.normalize(images, mean, std, 0, 0, 2, code)
+    with FakeTensorMode() as mode:
+        fake = torch.ops.pixfuse.normalize_pinned(
+            mode.from_tensor(images), mean, std, 0, 0, 2, code, 1
+        )
+    assert fake.device == torch.device("cuda", 1)
+    assert fake.dtype == expected.dtype
+    assert fake.shape == expected.shape
+    assert fake.stride() == expected.stride()

@@ -1,8 +1,10 @@
 """uint8 image batches to model-ready tensors in one pass, bit for bit as torchvision would."""
 
-from pixfuse import reference
+from pixfuse import reference, transforms
 from pixfuse._library import empty_cache, info
+from pixfuse.collate import Collate
 from pixfuse.functional import crop_mirror_normalize, normalize
+from pixfuse.loader import DeviceLoader
 from pixfuse.normalization import (
     CIFAR10,
     CIFAR100,
@@ -30,10 +32,13 @@ __all__ = [
     "SIGNED",
     "SVHN",
     "UNIT",
+    "Collate",
+    "DeviceLoader",
     "Normalization",
     "crop_mirror_normalize",
     "empty_cache",
     "info",
     "normalize",
     "reference",
+    "transforms",
 ]

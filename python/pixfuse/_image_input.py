@@ -34,6 +34,8 @@ class Images:
 
 def read_images(images: Any) -> Images:
     """Find the memory of a batch, or of each image of a list; raises for what has no rule."""
+    if isinstance(images, Images):  # as Collate has them
+        return images
     if isinstance(images, torch.Tensor):
         return _read_batch(images)
     if not isinstance(images, (list, tuple)):

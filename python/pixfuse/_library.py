@@ -96,6 +96,27 @@ def _normalize_fake(
     )
 
 
+@torch.library.register_fake("pixfuse::normalize_pinned")
+def _normalize_pinned_fake(
+    images: torch.Tensor,
+    mean: list[float],
+    std: list[float],
+    rounding: int,
+    input_layout: int,
+    dtype: int,
+    memory_format: int,
+    device: int,
+) -> torch.Tensor:
+    nchw = view_as_nchw(images, input_layout)
+    channels_last = resolve_channels_last(nchw, _key(MEMORY_FORMAT_CODES, memory_format))
+    return images.new_empty_strided(
+        nchw.shape,
+        dense_strides(nchw.shape, channels_last),
+        dtype=_key(DTYPE_CODES, dtype),
+        device=torch.device("cuda", device),
+    )
+
+
 @torch.library.register_fake("pixfuse::normalize_out")
 def _normalize_out_fake(
     images: torch.Tensor,

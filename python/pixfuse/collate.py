@@ -1,0 +1,288 @@
+"""Collate: the samples of a DataLoader to a batch, their images through crop_mirror_normalize."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from torch.utils.data._utils.collate import collate, default_collate_fn_map
+
+from pixfuse._image_input import Images, read_images
+from pixfuse._placement import resolve_channels, resolve_size
+from pixfuse._shared_memory import shared_output
+from pixfuse.functional import crop_mirror_normalize
+from pixfuse.normalization import UNIT, Normalization
+
+
+class Collate:
+    """Make batches of samples as torch's ``default_collate`` does, their images normalized.
+
+    Formula: that of :func:`pixfuse.crop_mirror_normalize`, whose bits these are.
+
+    An object of this class is a ``collate_fn``. Samples may be nested at will: tuples, lists,
+    mappings, named tuples; every image in them becomes part of a batch (N, C, height, width), and
+    everything else becomes what torch makes of it, by its own ``default_collate_fn_map``. These are
+    images:
+
+    - every Pillow image. (Turn masks that are Pillow images into tensors first.)
+    - numpy arrays of dtype uint8 and shape (H, W, C), where C is 1, 3, 4 or ``channels``;
+    - tensors of dtype uint8 and shape (C, H, W), likewise; of torchvision's ``tv_tensors`` only
+      ``Image``.
+
+    Bytes of any other shape are left to torch: above all those of shape (H, W), which may be masks
+    as well as images. ``array[..., None]`` makes an image of one.
+
+    In a worker the batch is written straight into shared memory, which is used again once the main
+    process has dropped the batch; in the main process into recycled memory. ``dtype=torch.uint8``
+    packs the bytes as they are, a quarter of the size, for :class:`pixfuse.DeviceLoader` to
+    normalize. Random numbers come from torch's default generator, one draw per image:
+    ``torch.manual_seed`` makes them reproducible, and each worker has a seed of its own. Can be
+    pickled, for workers of any start method.
+
+    With ``batch_size=None`` a ``DataLoader`` hands over each sample alone: then the samples of the
+    dataset have to be lists of samples, which become the batches.
+
+    Args:
+        normalization: mean and std per channel, and a rounding.
+        size: of the batches, an int or (height, width); together with ``crop``. None: that of the
+            images, which must be one within a batch.
+        crop: where the window lies. ``"center"`` as torchvision's ``CenterCrop``; ``"random"`` as
+            its ``RandomCrop``: any place within the image, all equally likely, and with
+            ``out_of_bounds="pad"`` and a smaller image any place around the image.
+        mirror: the probability, 0 to 1, of turning left and right around.
+        flip: the probability of turning top and bottom around.
+        same_within_sample: whether all images of a sample get the same draw: mirrored and flipped
+            alike, and cropped at the same place (the same share of the room that there is).
+        channels: of the batches; None: that of the images. See ``crop_mirror_normalize``, as for
+            all that follow.
+        out_of_bounds: ``"error"`` or ``"pad"``.
+        fill: a number, or one per channel.
+        fill_space: ``"input"`` or ``"output"``.
+        return_mask: whether a pair (batch, mask) stands where the batch would.
+        dtype: ``torch.float32``, ``torch.float16``, ``torch.bfloat16`` or ``torch.uint8``.
+        memory_format: ``torch.contiguous_format`` or ``torch.channels_last``.
+
+    Returns:
+        Of a call with a list of samples: a batch. Images have shape (N, C, height, width), are of
+        ``dtype`` and dense in ``memory_format``.
+
+    Raises:
+        TypeError, ValueError: a wrong option; or, of a call, samples that do not fit together, and
+            whatever ``crop_mirror_normalize`` raises, where ``images[i]`` is that of sample ``i``
+            of the batch.
+
+    Equivalent to::
+
+        transform = transforms.v2.Compose([
+            transforms.v2.ToImage(),
+            transforms.v2.RandomCrop(size),
+            transforms.v2.RandomHorizontalFlip(mirror),
+            transforms.v2.ToDtype(torch.float32, scale=True),
+            transforms.v2.Normalize(mean, std),
+        ])  # per image, in the dataset; then
+        torch.utils.data.default_collate(samples)
+
+    Source:
+        PyTorch ``torch/utils/data/_utils/collate.py``; torchvision ``transforms.v2``.
+    """
+
+    def __init__(
+        self,
+        normalization: Normalization = UNIT,
+        size: int | Sequence[int] | None = None,
+        crop: Literal["center", "random"] | None = None,
+        *,
+        mirror: float = 0.0,
+        flip: float = 0.0,
+        same_within_sample: bool = False,
+        channels: int | None = None,
+        out_of_bounds: Literal["error", "pad"] = "error",
+        fill: float | Sequence[float] = 0.0,
+        fill_space: Literal["input", "output"] = "input",
+        return_mask: bool = False,
+        dtype: torch.dtype = torch.float32,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> None:
+        _check_crop(crop, size)
+        _check_probability("mirror", mirror)
+        _check_probability("flip", flip)
+        self.normalization = normalization
+        self.size = size
+        self.crop = crop
+        self.mirror = mirror
+        self.flip = flip
+        self.same_within_sample = same_within_sample
+        self.channels = channels
+        self.out_of_bounds = out_of_bounds
+        self.fill = fill
+        self.fill_space = fill_space
+        self.return_mask = return_mask
+        self.dtype = dtype
+        self.memory_format = memory_format
+        # Here, rather than in a worker at the first batch: one pixel is enough to check the rest.
+        pixel = [np.zeros((1, 1), np.uint8)]
+        resolve_size(read_images(pixel), size)
+        values = max(len(getattr(normalization, "mean", ())), np.size(fill), 1)
+        options = self._options() | {"channels": values if channels is None else channels}
+        crop_mirror_normalize(pixel, None, normalization, **options)
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "channels": self.channels,
+            "out_of_bounds": self.out_of_bounds,
+            "fill": self.fill,
+            "fill_space": self.fill_space,
+            "return_mask": self.return_mask,
+            "dtype": self.dtype,
+            "memory_format": self.memory_format,
+        }
+
+    def __call__(self, samples: Sequence[Any]) -> Any:
+        """The batch of a list of samples."""
+        if not isinstance(samples, (list, tuple)):
+            raise TypeError(
+                f"Collate: expected samples to be a list, got {type(samples).__name__}; with "
+                "batch_size=None a DataLoader hands over each sample alone"
+            )
+        if len(samples) == 0:
+            raise ValueError("Collate: expected at least 1 sample, got none")
+        return collate(list(samples), collate_fn_map=_Call(self).functions())
+
+    def __repr__(self) -> str:
+        options = {
+            "crop": self.crop,
+            "mirror": self.mirror,
+            "flip": self.flip,
+            "same_within_sample": self.same_within_sample,
+            **self._options(),
+        }
+        listed = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        return f"Collate({self.normalization}, size={self.size!r}, {listed})"
+
+    def _batch(self, images: Sequence[Any], draws: torch.Tensor | None) -> Any:
+        """One batch of images, with four random numbers from 0 to 1 for each of them."""
+        source = read_images(images)
+        height, width = resolve_size(source, self.size)
+        options = self._options()
+        if draws is not None:
+            options["mirror"] = draws[:, 0] < self.mirror
+            options["flip"] = draws[:, 1] < self.flip
+            if self.crop == "random":
+                rows, columns = _rooms(source, height, width)
+                options["top"] = _random_place(rows, draws[:, 2])
+                options["left"] = _random_place(columns, draws[:, 3])
+        if source.device.type == "cpu" and torch.utils.data.get_worker_info() is not None:
+            shape = (source.count, resolve_channels(source, self.channels), height, width)
+            options["out"] = shared_output(shape, self.dtype, self.memory_format)
+        return crop_mirror_normalize(cast("Any", source), self.size, self.normalization, **options)
+
+
+def _check_crop(crop: object, size: object) -> None:
+    if crop not in (None, "center", "random"):
+        raise ValueError(f"Collate: expected crop to be 'center', 'random' or None, got {crop!r}")
+    if size is not None and crop is None:
+        raise ValueError(
+            f"Collate: expected crop with size={size!r}, got None; choose crop='center' or "
+            "crop='random'"
+        )
+    if size is None and crop is not None:
+        raise ValueError(f"Collate: expected size with crop={crop!r}, got None; pass size=")
+
+
+def _check_probability(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(
+            f"Collate: expected {name} to be a probability from 0 to 1, got {value!r}; 0.5 is for "
+            "half of the images"
+        )
+    if not 0 <= value <= 1:
+        raise ValueError(f"Collate: expected {name} to be a probability from 0 to 1, got {value}")
+
+
+class _Call:
+    """One call of a Collate: what torch's collate asks at the leaves of the samples."""
+
+    def __init__(self, owner: Collate) -> None:
+        self.owner = owner
+        self.draws: torch.Tensor | None = None
+
+    def functions(self) -> dict[Any, Callable[..., Any]]:
+        """Torch's own, as they are now, and ours for what may be an image."""
+        kinds = [torch.Tensor, np.ndarray]
+        pillow = sys.modules.get("PIL.Image")
+        if pillow is not None:  # otherwise there is no Pillow image
+            kinds.append(pillow.Image)
+        return {**default_collate_fn_map, **dict.fromkeys(kinds, self.collate_leaves)}
+
+    def collate_leaves(self, values: Sequence[Any], *, collate_fn_map: object = None) -> Any:
+        are_images = [is_image(value, self.owner.channels) for value in values]
+        if all(are_images):
+            return self.owner._batch(values, self.draw(len(values)))
+        if any(are_images):
+            other = are_images.index(not are_images[0])
+            raise TypeError(
+                "Collate: expected images in the same place of all samples or of none, got "
+                f"{_describe(values[0])} in sample 0 and {_describe(values[other])} in sample "
+                f"{other}{_hint(values[are_images.index(False)])}"
+            )
+        # Not with our functions: an array that is no image could be one as a tensor.
+        return collate(values, collate_fn_map=default_collate_fn_map)
+
+    def draw(self, count: int) -> torch.Tensor | None:
+        owner = self.owner
+        if owner.crop != "random" and owner.mirror == 0 and owner.flip == 0:
+            return None
+        if self.draws is not None and owner.same_within_sample:
+            return self.draws
+        # In float64, of which 0 to 1 has 2**53 values: all places are equally likely.
+        self.draws = torch.rand(count, 4, dtype=torch.float64, device="cpu")
+        return self.draws
+
+
+def is_image(value: Any, channels: int | None) -> bool:
+    """The rule of the class docstring."""
+    if isinstance(value, torch.Tensor):
+        if value.dtype is not torch.uint8 or value.ndim != 3:
+            return False
+        kinds = sys.modules.get("torchvision.tv_tensors")
+        if kinds is not None and isinstance(value, kinds.TVTensor):
+            return isinstance(value, kinds.Image)
+        return value.shape[0] in (1, 3, 4, channels)
+    if isinstance(value, np.ndarray):
+        return value.dtype == np.uint8 and value.ndim == 3 and value.shape[2] in (1, 3, 4, channels)
+    pillow = sys.modules.get("PIL.Image")
+    return pillow is not None and isinstance(value, pillow.Image)
+
+
+def _describe(value: Any) -> str:
+    kind = type(value).__name__
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        return f"{kind} of shape {tuple(value.shape)} and dtype {value.dtype}"
+    return kind
+
+
+def _hint(value: Any) -> str:
+    if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim == 2:
+        return "; array[..., None] makes an image of (H, W)"
+    if isinstance(value, torch.Tensor) and value.dtype is torch.uint8 and value.ndim == 2:
+        return "; tensor[None] makes an image of (H, W)"
+    return ""
+
+
+def _rooms(source: Images, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many rows and columns each image has more than its window; below 0 where fewer."""
+    if source.each is not None:
+        return source.each[:, 0] - height, source.each[:, 1] - width
+    assert source.common is not None
+    rows, columns = source.common[0] - height, source.common[1] - width
+    return torch.tensor(rows, device="cpu"), torch.tensor(columns, device="cpu")
+
+
+def _random_place(room: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+    """From 0 to room inclusive, each as likely, for draws from 0 to 1."""
+    places = (draws * (room.abs() + 1)).floor().to(torch.int64)
+    # The largest draw times the number of places may round to the number itself.
+    return torch.minimum(places, room.abs()) * room.sign()
