@@ -1,4 +1,4 @@
-"""Every block of docs/recipes.md runs, with the real libraries, and its assertions hold."""
+"""The examples of README.md and docs/recipes.md run, with the real libraries, and are true."""
 
 import re
 import socket
@@ -9,11 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import pixfuse
 from benchmarks.torchvision_import import import_torchvision
 
 PAGE = Path(__file__).parent.parent / "docs" / "recipes.md"
+README = PAGE.parent.parent / "README.md"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NEIGHBOURS = (
     "accelerate",
@@ -96,6 +99,29 @@ def in_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[An
 @pytest.mark.parametrize("recipe", [name for name in RECIPES if name])
 def test_recipe(recipe: str) -> None:
     run(RECIPES[recipe])
+
+
+@pytest.mark.usefixtures("in_folder")
+def test_the_readme() -> None:
+    """Its examples, in order, with what they leave out."""
+    folder = import_torchvision("torchvision.datasets").ImageFolder("photos")
+    names: dict[str, Any] = {
+        "__name__": "readme",
+        "Image": Image,
+        "paths": [path for path, _ in folder.samples],
+        "dataset": folder,
+        "mean": pixfuse.IMAGENET.mean,
+        "std": pixfuse.IMAGENET.std,
+    }
+    first, equivalent, lists = sections(README.read_text())["Use"]
+    exec(compile(first, str(README), "exec"), names)
+    assert names["x"].is_contiguous(memory_format=torch.channels_last)
+    exec(compile(equivalent, str(README), "exec"), names)
+    x = pixfuse.normalize(names["images"], pixfuse.IMAGENET, input_layout="NHWC")
+    assert torch.equal(x, names["x"])
+    exec(compile(lists, str(README), "exec"), names)
+    expected = pixfuse.crop_mirror_normalize(names["photos"], 224, pixfuse.IMAGENET)
+    assert torch.equal(names["x"], expected)  # of the DeviceLoader: one batch is all there is
 
 
 def test_every_recipe_asserts_something() -> None:
