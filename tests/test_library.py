@@ -96,6 +96,23 @@ def test_nothing_of_ours_is_visible_to_other_libraries(library: Path) -> None:
     assert "pixfuse::" not in listing
 
 
+@needs_binutils
+def test_the_module_of_images_knows_no_torch() -> None:
+    """It finds the CPU library beside it, and calls one C function of it."""
+    library = Path(pixfuse._images.__file__)
+    dynamic = subprocess.run(
+        ["readelf", "--dynamic", "--wide", str(library)], check=True, capture_output=True, text=True
+    ).stdout
+    needed = set(re.findall(r"\(NEEDED\).*\[(.*?)\]", dynamic))
+    assert "_cpu.so" in needed
+    assert not any("torch" in name or "python" in name for name in needed)
+    assert re.findall(r"R(?:UN)?PATH\).*\[(.*?)\]", dynamic) == ["$ORIGIN"]
+    undefined = undefined_symbols(library)
+    assert not any("torch" in symbol for symbol in undefined)
+    ours = [symbol for symbol in undefined if "pixfuse" in symbol]
+    assert ours == ["pixfuse_crop_mirror_normalize"]
+
+
 # --- info ---
 
 
@@ -145,11 +162,14 @@ def test_the_installed_package_is_tested() -> None:
 
 def test_public_names() -> None:
     public = {name for name in vars(pixfuse) if not name.startswith("_")}
-    modules = {"functional", "normalization", "pixels"}  # their content is what is public
+    # Their content is what is public.
+    modules = {"collate", "functional", "loader", "normalization", "pixels"}
     assert public - modules == set(pixfuse.__all__)
 
 
 PUBLIC_FUNCTIONS: dict[str, Callable[..., object]] = {
+    "Collate": pixfuse.Collate,
+    "DeviceLoader": pixfuse.DeviceLoader,
     "channel_histogram": pixfuse.channel_histogram,
     "denormalize": pixfuse.denormalize,
     "image_moments": pixfuse.image_moments,
