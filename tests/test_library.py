@@ -163,14 +163,16 @@ def test_the_installed_package_is_tested() -> None:
 def test_public_names() -> None:
     public = {name for name in vars(pixfuse) if not name.startswith("_")}
     # Their content is what is public.
-    modules = {"collate", "functional", "loader", "normalization", "pixels"}
+    modules = {"collate", "functional", "loader", "normalization", "pixels", "statistics"}
     assert public - modules == set(pixfuse.__all__)
 
 
 PUBLIC_FUNCTIONS: dict[str, Callable[..., object]] = {
+    "ChannelStatistics": pixfuse.ChannelStatistics,
     "Collate": pixfuse.Collate,
     "DeviceLoader": pixfuse.DeviceLoader,
     "channel_histogram": pixfuse.channel_histogram,
+    "fold_of": pixfuse.fold_of,
     "denormalize": pixfuse.denormalize,
     "image_moments": pixfuse.image_moments,
     "standardize_per_image": pixfuse.standardize_per_image,

@@ -25,6 +25,7 @@ from pixfuse.pixels import (
     image_moments,
     standardize_per_image,
 )
+from pixfuse.statistics import ChannelStatistics, fold_of
 
 __all__ = [
     "CIFAR10",
@@ -38,6 +39,7 @@ __all__ = [
     "SIGNED",
     "SVHN",
     "UNIT",
+    "ChannelStatistics",
     "Collate",
     "DeviceLoader",
     "Normalization",
@@ -45,6 +47,7 @@ __all__ = [
     "crop_mirror_normalize",
     "denormalize",
     "empty_cache",
+    "fold_of",
     "image_moments",
     "info",
     "normalize",
