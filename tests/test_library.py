@@ -174,7 +174,9 @@ PUBLIC_FUNCTIONS: dict[str, Callable[..., object]] = {
     "Normalization": pixfuse.Normalization,
     "empty_cache": pixfuse.empty_cache,
     "info": pixfuse.info,
+    "reference.crop_mirror_normalize": pixfuse.reference.crop_mirror_normalize,
     "reference.normalize": pixfuse.reference.normalize,
+    "transforms.ToNormalized": pixfuse.transforms.ToNormalized,
 }
 
 
