@@ -62,7 +62,7 @@ def batch_of(images: _images.ImageList, height: int, width: int, channels: int) 
 def test_every_mode(case: str, arrow: bool) -> None:
     make, _ = PILLOW_IMAGES[case]
     image = make(16, 16)
-    expected = reference.crop_mirror_normalize([image], dtype=torch.uint8)
+    expected: Any = reference.crop_mirror_normalize([image], dtype=torch.uint8)
     before = image.tobytes()
     listed = _images.read([image], arrow)
     channels = expected.shape[1]
@@ -108,8 +108,8 @@ def test_a_mapped_image(tmp_path: Path) -> None:
         ours = pixfuse.crop_mirror_normalize([image], dtype=torch.uint8)
     assert_same_bits(ours, pixfuse.crop_mirror_normalize([array], dtype=torch.uint8))
     buffer = bytearray(array.tobytes())
-    image = Image.frombuffer("L", (90, 40), buffer, "raw", "L", 0, 1)
-    ours = pixfuse.crop_mirror_normalize([image], dtype=torch.uint8)
+    over = Image.frombuffer("L", (90, 40), buffer, "raw", "L", 0, 1)
+    ours = pixfuse.crop_mirror_normalize([over], dtype=torch.uint8)
     assert_same_bits(ours[0, 0], torch.from_numpy(array.reshape(40, 90)))
 
 
@@ -219,7 +219,7 @@ def test_a_tensor_that_moves_on_does_not_take_its_memory_along() -> None:
     tensor = random_bytes(3, 9, 11)
     expected = tensor.clone()
     listed = _images.read([tensor], True)
-    tensor.set_(torch.zeros(3, 2, 2, dtype=torch.uint8))
+    tensor.set_(torch.zeros(3, dtype=torch.uint8).untyped_storage())
     assert torch.equal(batch_of(listed, 9, 11, 3)[0], expected)
 
 

@@ -36,7 +36,7 @@ std::tuple<Tensor, Tensor> crop_mirror_normalize(
     int64_t rounding, const std::vector<double>& fill, bool fill_is_output, int64_t dtype,
     int64_t memory_format, bool return_mask) {
   const int32_t device = device_of(images);
-  const std::vector<ImageSource> sources = sources_of(images);
+  const std::vector<ImageSource> sources = sources_of(images, rows_of(placements));
   CropMirrorNormalizeCall call(sources, placements_of(placements, sources.size()), channels, height,
                                width, mean, std, rounding, fill, fill_is_output);
   const auto strides = choose_output(call, dtype, memory_format);
@@ -58,7 +58,7 @@ void crop_mirror_normalize_out(const std::vector<Tensor>& images, const Tensor& 
   const int32_t device = device_of(images);
   check(out.is_cuda() && out.get_device_index() == device && out.dim() == 4, kCropMirrorNormalize,
         "out of 4 dimensions on the device of images (CUDA device ", device, ")");
-  const std::vector<ImageSource> sources = sources_of(images);
+  const std::vector<ImageSource> sources = sources_of(images, rows_of(placements));
   CropMirrorNormalizeCall call(sources, placements_of(placements, sources.size()), channels,
                                out.size(2), out.size(3), mean, std, rounding, fill, fill_is_output);
   use_output(call, out, mask);

@@ -1,6 +1,6 @@
 """uint8 image batches to model-ready tensors in one pass, bit for bit as torchvision would."""
 
-from pixfuse import reference
+from pixfuse import reference, transforms
 from pixfuse._library import empty_cache, info
 from pixfuse.collate import Collate
 from pixfuse.functional import crop_mirror_normalize, normalize
@@ -40,4 +40,5 @@ __all__ = [
     "info",
     "normalize",
     "reference",
+    "transforms",
 ]

@@ -189,7 +189,8 @@ def _traced_placements(
         columns_inside = (lefts >= 0) & (lefts <= width - size[1])
         torch._assert_async(
             (rows_inside & columns_inside).all(),
-            f"{_NAME}: expected every window inside its image; {_PAD_HINT}",
+            # No double quotes: the compiler puts the words into C++ as they are.
+            f"{_NAME}: expected every window inside its image; pass out_of_bounds='pad'",
         )
     columns = [tops, lefts, numbers(mirror, torch.int64), numbers(flip, torch.int64)]
     return torch.stack([column.expand(images.count) for column in columns], 1)
