@@ -162,7 +162,8 @@ def test_the_installed_package_is_tested() -> None:
 
 def test_public_names() -> None:
     public = {name for name in vars(pixfuse) if not name.startswith("_")}
-    modules = {"collate", "functional", "loader", "normalization"}  # their content is what is public
+    # Their content is what is public.
+    modules = {"collate", "functional", "loader", "normalization"}
     assert public - modules == set(pixfuse.__all__)
 
 
