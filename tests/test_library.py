@@ -185,7 +185,9 @@ PUBLIC_FUNCTIONS: dict[str, Callable[..., object]] = {
     "reference.denormalize": pixfuse.reference.denormalize,
     "reference.image_moments": pixfuse.reference.image_moments,
     "reference.standardize_per_image": pixfuse.reference.standardize_per_image,
+    "reference.crop_mirror_normalize": pixfuse.reference.crop_mirror_normalize,
     "reference.normalize": pixfuse.reference.normalize,
+    "transforms.ToNormalized": pixfuse.transforms.ToNormalized,
 }
 
 
