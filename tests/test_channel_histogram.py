@@ -367,7 +367,7 @@ def test_operators_check_too() -> None:
         operator = getattr(torch.ops.pixfuse, name)
         for arguments, message in (
             ((IMAGES.float(), 0), "images of dtype uint8"),
-            ((IMAGES, 2), r"the layout of images as 0 \(NCHW\) or 1"),
+            ((IMAGES, 2), r"input_layout 0 \(NCHW\) or 1"),
             ((IMAGES[0, 0], 0), "images to have 3 or 4 dimensions, got 2"),
         ):
             with pytest.raises((RuntimeError, ValueError), match=f"{name}: expected {message}"):

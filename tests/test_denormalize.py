@@ -395,7 +395,10 @@ OPERATOR = torch.ops.pixfuse
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: OPERATOR.denormalize(PIXELS, [0.5], [0.5], 0, False), "tensor of dtype float32"),
+        (
+            lambda: OPERATOR.denormalize(PIXELS, [0.5], [0.5], 0, False),
+            "tensor.dtype to be float32",
+        ),
         (lambda: OPERATOR.denormalize(VALUES, [0.5], [0.5], 2, False), "output_layout 0"),
         (lambda: OPERATOR.denormalize(VALUES, [0.5] * 2, [0.5], 0, False), "mean and std with 1"),
         (lambda: OPERATOR.denormalize(VALUES, [0.5], [0.0], 0, False), r"255 \* std above 0"),

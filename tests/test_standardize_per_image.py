@@ -291,7 +291,7 @@ def test_errors(case: str) -> None:
         ((IMAGES, False, -1.0, 0, 0, 0), "floor 0 .* or above, finite"),
         ((IMAGES, False, math.nan, 0, 0, 0), "floor 0 .* or above, finite"),
         ((IMAGES, False, 1e-310, 0, 0, 0), "floor with a finite reciprocal"),
-        ((IMAGES, False, 0.0, 2, 0, 0), r"the layout of images as 0"),
+        ((IMAGES, False, 0.0, 2, 0, 0), r"input_layout 0"),
         ((IMAGES, False, 0.0, 0, 3, 0), r"dtype 0 \(float32\), .*, got 3"),
         ((IMAGES, False, 0.0, 0, 0, 3), r"memory_format 0 .*, got 3"),
     ],

@@ -6,9 +6,8 @@
 namespace pixfuse {
 
 // Everything but the counts.
-inline ChannelHistogramArgs histogram_args(const torch::stable::Tensor& images,
-                                           int64_t input_layout) {
-  const TensorView view = view_bytes("channel_histogram", images, input_layout);
+inline ChannelHistogramArgs histogram_args(const Tensor& images, int64_t input_layout) {
+  const TensorView view = view_images("channel_histogram", images, input_layout);
   ChannelHistogramArgs args{};
   args.images = static_cast<const uint8_t*>(images.const_data_ptr());
   for (int d = 0; d < 4; ++d) {

@@ -1,12 +1,38 @@
-// Rows of pixels for what may visit them in any order: sums and counts.
+// Rows of pixels, made long: what loops and kernels go over.
 #pragma once
 #include <stdint.h>
 
 namespace pixfuse {
 
-// Reorders and merges `count` dimensions of pixels, outermost first, so that the last one makes as
-// few and as long rows as the strides allow, with the pixels of a row as near to each other as they
-// lie in memory. The same pixels are there afterwards, in another order.
+// For what reads one thing and writes another: makes as few and as long rows of N, C, H, W as both
+// strides allow. When both sides go from one row of pixels straight to the next, the rows are one;
+// likewise the images.
+static inline void merge_rows(int64_t (&sizes)[4], int64_t (&from)[4], int64_t (&to)[4]) {
+  constexpr int N = 0, H = 2, W = 3;
+  const auto merge = [&](int outer, int inner) {
+    const bool follows_on =
+        sizes[outer] == 1 || sizes[inner] == 1 ||
+        (from[outer] == from[inner] * sizes[inner] && to[outer] == to[inner] * sizes[inner]);
+    if (!follows_on) return false;
+    if (sizes[inner] == 1) {  // its strides meant nothing
+      from[inner] = from[outer];
+      to[inner] = to[outer];
+    }
+    sizes[inner] *= sizes[outer];
+    sizes[outer] = 1;
+    return true;
+  };
+  if (merge(H, W)) {
+    merge(N, W);
+  } else {
+    merge(N, H);
+  }
+}
+
+// For what may visit pixels in any order, as sums and counts do: reorders and merges `count`
+// dimensions, outermost first, so that the last one makes as few and as long rows as the strides
+// allow, with the pixels of a row as near to each other as they lie in memory. The same pixels are
+// there afterwards, in another order.
 static inline void make_long_rows(int64_t* sizes, int64_t* strides, int count) {
   // A dimension of one pixel, or one that repeats the same pixels, goes outside.
   const auto rank = [&](int d) {

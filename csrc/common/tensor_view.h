@@ -1,11 +1,24 @@
-// What several operators ask of a tensor of images: its shape as N, C, H, W, checked.
+// What the operators ask of tensors of images: shapes as N, C, H, W, dtypes and dense outputs, each
+// checked in the words of the operator `function`. Header-only, since the CPU and the CUDA library
+// have their own copies.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <array>
+
 #include "common/checks.h"
+#include "common/element_type.h"
 
 namespace pixfuse {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Numbers of the operators' schemas, where strings would leak and torch's own enums take longer to
+// pass. Their names are in python/pixfuse/_library.py; a `dtype` is an ElementType.
+enum class InputLayout : int64_t { nchw = 0, nhwc = 1 };
+enum class MemoryFormat : int64_t { contiguous = 0, channels_last = 1, preserve = 2 };
 
 // Shape and strides as N, C, H, W, whatever order and rank the tensor has.
 struct TensorView {
@@ -14,23 +27,25 @@ struct TensorView {
   int64_t rank;        // 3 or 4; a tensor of rank 3 is a batch of one
 };
 
-// `layout` is 0 for NCHW, 1 for NHWC, as in python/pixfuse/_library.py. Sizes whose product, times
-// `max_element_bytes`, would not fit in 63 bits are refused.
-inline TensorView view_images(const char* function, const torch::stable::Tensor& tensor,
-                              int64_t layout, const char* name, int64_t max_element_bytes = 8) {
-  constexpr int kFromNchw[4] = {0, 1, 2, 3}, kFromNhwc[4] = {0, 3, 1, 2};
-  check(layout == 0 || layout == 1, function, "the layout of ", name, " as 0 (NCHW) or 1 (NHWC)");
-  const int* order = layout == 1 ? kFromNhwc : kFromNchw;
-  TensorView view{};
-  int32_t tensor_layout = -1;
-  check(aoti_torch_get_layout(tensor.get(), &tensor_layout) == AOTI_TORCH_SUCCESS &&
-            tensor_layout == aoti_torch_layout_strided(),
+inline void check_dense(const char* function, const Tensor& tensor, const char* name) {
+  int32_t layout = -1;
+  check(aoti_torch_get_layout(tensor.get(), &layout) == AOTI_TORCH_SUCCESS &&
+            layout == aoti_torch_layout_strided(),
         function, name, " to be a dense tensor");
+}
+
+// Sizes whose elements could not be counted in bytes, whatever the dtype, are refused.
+inline TensorView view_as_nchw(const char* function, const Tensor& tensor, InputLayout layout,
+                               const char* name) {
+  constexpr int kFromNchw[4] = {0, 1, 2, 3}, kFromNhwc[4] = {0, 3, 1, 2};
+  const int* order = layout == InputLayout::nhwc ? kFromNhwc : kFromNchw;
+  TensorView view{};
+  check_dense(function, tensor, name);
   view.rank = tensor.dim();
   check(view.rank == 3 || view.rank == 4, function, name, " to have 3 or 4 dimensions, got ",
         view.rank);
   const auto sizes = tensor.sizes(), strides = tensor.strides();
-  int64_t bytes = max_element_bytes;
+  int64_t bytes = 8;  // at most, for each element
   for (int d = 0; d < 4; ++d) {
     const int64_t from = order[d] - (4 - view.rank);
     view.sizes[d] = from < 0 ? 1 : sizes[from];
@@ -41,60 +56,88 @@ inline TensorView view_images(const char* function, const torch::stable::Tensor&
   return view;
 }
 
-inline TensorView view_bytes(const char* function, const torch::stable::Tensor& images,
-                             int64_t input_layout) {
-  check(images.scalar_type() == torch::headeronly::ScalarType::Byte, function,
-        "images of dtype uint8");
-  return view_images(function, images, input_layout, "images");
+// The argument `images` of an operator that reads bytes.
+inline TensorView view_images(const char* function, const Tensor& images, int64_t input_layout) {
+  check(images.scalar_type() == ScalarType::Byte, function, "images of dtype uint8");
+  check(input_layout == 0 || input_layout == 1, function, "input_layout 0 (NCHW) or 1 (NHWC), got ",
+        input_layout);
+  return view_as_nchw(function, images, static_cast<InputLayout>(input_layout), "images");
 }
 
-// A contiguous tensor, uninitialized. `shim_dtype` is the number that torch's C functions use.
-inline torch::stable::Tensor empty_contiguous(const char* function, int64_t rank,
-                                              const int64_t* sizes, int32_t shim_dtype,
-                                              int32_t device_type, int32_t device_index) {
-  int64_t strides[4] = {1, 1, 1, 1};
-  for (int64_t d = rank - 2; d >= 0; --d) {
-    strides[d] = strides[d + 1] * (sizes[d + 1] > 0 ? sizes[d + 1] : 1);
+// --- dtypes ---
+
+inline ElementType float_type_of(const char* function, int64_t dtype) {
+  check(dtype >= 0 && dtype <= 2, function, "dtype 0 (float32), 1 (float16) or 2 (bfloat16), got ",
+        dtype);
+  return static_cast<ElementType>(dtype);
+}
+
+inline ElementType float_type_of(const char* function, ScalarType dtype, const char* name) {
+  check(dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
+        function, name, ".dtype to be float32, float16 or bfloat16");
+  return dtype == ScalarType::Float  ? ElementType::float32
+         : dtype == ScalarType::Half ? ElementType::float16
+                                     : ElementType::bfloat16;
+}
+
+// The number by which torch's C functions know a dtype.
+inline int32_t shim_dtype(ElementType dtype) {
+  switch (dtype) {
+    case ElementType::float32:
+      return aoti_torch_dtype_float32();
+    case ElementType::float16:
+      return aoti_torch_dtype_float16();
+    case ElementType::bfloat16:
+      return aoti_torch_dtype_bfloat16();
+    case ElementType::uint8:
+      return aoti_torch_dtype_uint8();
   }
-  AtenTensorHandle handle = nullptr;
-  check(aoti_torch_empty_strided(rank, sizes, strides, shim_dtype, device_type, device_index,
-                                 &handle) == AOTI_TORCH_SUCCESS,
-        function, "torch to allocate a result");
-  return torch::stable::Tensor(handle);
+  return -1;
 }
 
-// Whole numbers that are added to: all zero.
-inline torch::stable::Tensor zero_counts(const char* function, int64_t rank, const int64_t* sizes,
-                                         int32_t device_type, int32_t device_index) {
-  torch::stable::Tensor counts =
-      empty_contiguous(function, rank, sizes, aoti_torch_dtype_int64(), device_type, device_index);
-  check(aoti_torch_zero_(counts.get()) == AOTI_TORCH_SUCCESS, function,
-        "torch to clear a result of counts");
-  return counts;
+// --- dense outputs ---
+
+// Strides of N, C, H, W; `channels_last` puts the channels of a pixel side by side.
+inline std::array<int64_t, 4> dense_strides(const int64_t (&sizes)[4], bool channels_last) {
+  const int64_t channels = sizes[1], height = sizes[2], width = sizes[3];
+  const int64_t image = channels * height * width;
+  if (channels_last) return {image, 1, width * channels, channels};
+  return {image, height * width, width, 1};
 }
 
-constexpr int32_t kNoDeviceIndex = -1;  // what torch's C functions expect for the CPU
-
-inline torch::stable::Tensor zero_cpu_counts(const char* function, int64_t rank,
-                                             const int64_t* sizes) {
-  return zero_counts(function, rank, sizes, aoti_torch_device_type_cpu(), kNoDeviceIndex);
+// memory_format=preserve: as the images lie, seen as NCHW.
+inline bool wants_channels_last(const char* function, const TensorView& images,
+                                int64_t memory_format) {
+  check(memory_format >= 0 && memory_format <= 2, function,
+        "memory_format 0 (contiguous), 1 (channels_last) or 2 (preserve), got ", memory_format);
+  const auto format = static_cast<MemoryFormat>(memory_format);
+  if (format != MemoryFormat::preserve) return format == MemoryFormat::channels_last;
+  return images.sizes[1] > 1 && images.strides[1] == 1;
 }
 
-// Whether two spans of bytes have one in common.
-inline bool share_bytes(const void* a, int64_t a_bytes, const void* b, int64_t b_bytes) {
-  const auto a_begin = reinterpret_cast<uintptr_t>(a), b_begin = reinterpret_cast<uintptr_t>(b);
-  return a_begin < b_begin + static_cast<uintptr_t>(b_bytes) &&
-         b_begin < a_begin + static_cast<uintptr_t>(a_bytes);
-}
-
-// How many elements a view reaches over, gaps included.
-inline int64_t reach(const TensorView& view) {
-  int64_t last = 0;
+inline bool has_strides(const TensorView& view, const std::array<int64_t, 4>& strides) {
   for (int d = 0; d < 4; ++d) {
-    if (view.sizes[d] == 0) return 0;
-    last += (view.sizes[d] - 1) * view.strides[d];
+    if (view.sizes[d] > 1 && view.strides[d] != strides[d]) return false;
   }
-  return last + 1;
+  return true;
+}
+
+// Of a caller's output, checked: of the shape `sizes`, and contiguous or channels-last.
+inline std::array<int64_t, 4> strides_of_output(const char* function, const TensorView& out,
+                                                const int64_t (&sizes)[4]) {
+  bool empty = false;
+  for (int d = 0; d < 4; ++d) {
+    check(out.sizes[d] == sizes[d], function, "out of shape (N, C, H, W) = (", sizes[0], ", ",
+          sizes[1], ", ", sizes[2], ", ", sizes[3], "), got size ", out.sizes[d], " in dimension ",
+          d);
+    empty = empty || sizes[d] == 0;
+  }
+  const std::array<int64_t, 4> contiguous = dense_strides(sizes, false);
+  if (has_strides(out, contiguous)) return contiguous;
+  const std::array<int64_t, 4> channels_last = dense_strides(sizes, true);
+  check(empty || has_strides(out, channels_last), function,
+        "out to be contiguous or channels_last, without gaps");
+  return channels_last;
 }
 
 }  // namespace pixfuse

@@ -7,6 +7,7 @@
 #include <limits>
 #include <vector>
 
+#include "common/byte_span.h"
 #include "common/checks.h"
 #include "crop_mirror_normalize/crop_mirror_normalize.h"
 #include "normalize/normalize_constants.h"
@@ -67,23 +68,10 @@ inline PlacedImage place(const ImageSource& image, const Placement& placement, i
   return placed;
 }
 
-// First and one past the last byte that something reaches; equal when it has no elements.
-struct ByteSpan {
-  uintptr_t begin, end;
-  bool overlaps(const ByteSpan& other) const { return begin < other.end && other.begin < end; }
-};
-
 inline ByteSpan span_of(const ImageSource& image) {
-  const auto origin = reinterpret_cast<uintptr_t>(image.pixels);
-  if (image.height <= 0 || image.width <= 0 || image.channels <= 0) return {origin, origin};
-  int64_t low = 0, high = 0;
-  const auto reach = [&](int64_t size, int64_t stride) {
-    (stride < 0 ? low : high) += (size - 1) * stride;
-  };
-  reach(image.height, image.row_stride);
-  reach(image.width, image.pixel_stride);
-  reach(image.channels, image.channel_stride);
-  return {origin + static_cast<uintptr_t>(low), origin + static_cast<uintptr_t>(high + 1)};
+  const int64_t sizes[3] = {image.height, image.width, image.channels};
+  const int64_t strides[3] = {image.row_stride, image.pixel_stride, image.channel_stride};
+  return span_of(image.pixels, sizes, strides, 1);
 }
 
 // Everything of a call but the output, checked; owns what `args` points to.
@@ -139,17 +127,13 @@ struct CropMirrorNormalizeCall {
       args.output_strides[d] = strides[d];
       elements *= args.sizes[d];
     }
-    const auto begin = reinterpret_cast<uintptr_t>(output);
-    const ByteSpan written{begin,
-                           begin + static_cast<uintptr_t>(elements * element_bytes(args.dtype))};
+    const ByteSpan written = span_of(output, elements, element_bytes(args.dtype));
     for (size_t n = 0; n < sources_.size(); ++n) {
       check(!written.overlaps(span_of(sources_[n])), kCropMirrorNormalize,
             "out to share no memory with images, got an overlap with images[", n, "]");
     }
     if (mask == nullptr) return;
-    const auto mask_begin = reinterpret_cast<uintptr_t>(mask);
-    const auto mask_bytes = static_cast<uintptr_t>(elements / args.sizes[1]);
-    const ByteSpan masked{mask_begin, mask_begin + mask_bytes};
+    const ByteSpan masked = span_of(mask, elements / args.sizes[1], 1);
     check(!masked.overlaps(written), kCropMirrorNormalize, "mask to share no memory with out");
     for (const ImageSource& source : sources_) {
       check(!masked.overlaps(span_of(source)), kCropMirrorNormalize,

@@ -71,7 +71,7 @@ NormalizeArgs part_of(const CropMirrorNormalizeArgs& args, const Band& rows) {
   part.arithmetic = args.arithmetic;
   part.scale = args.scale;
   part.channels = args.channels;
-  merge_rows(part);
+  merge_rows(part.sizes, part.image_strides, part.output_strides);
   return part;
 }
 

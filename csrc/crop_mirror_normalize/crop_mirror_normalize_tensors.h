@@ -2,25 +2,15 @@
 // operator share beyond crop_mirror_normalize_args.h. Header-only, since each of the two libraries
 // has its own copy.
 #pragma once
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <array>
 #include <limits>
 #include <optional>
 #include <vector>
 
+#include "common/tensor_view.h"
 #include "crop_mirror_normalize/crop_mirror_normalize_args.h"
-#include "normalize/normalize_args.h"
 
 namespace pixfuse {
-
-inline void check_dense(const Tensor& tensor, const char* name) {
-  int32_t layout = -1;
-  check(aoti_torch_get_layout(tensor.get(), &layout) == AOTI_TORCH_SUCCESS &&
-            layout == aoti_torch_layout_strided(),
-        kCropMirrorNormalize, name, " to be a dense tensor");
-}
 
 // (C, H, W) tensors and (n, C, H, W) batches, image by image. All lie where the first one does.
 // `most` bounds the images: a batch without memory of its own may claim any number of them.
@@ -30,7 +20,7 @@ inline std::vector<ImageSource> sources_of(const std::vector<Tensor>& images,
   check(!images.empty(), kCropMirrorNormalize, "at least 1 tensor of images, got none");
   for (const Tensor& tensor : images) {
     const int64_t rank = tensor.dim();
-    check_dense(tensor, "images");
+    check_dense(kCropMirrorNormalize, tensor, "images");
     check(tensor.scalar_type() == ScalarType::Byte, kCropMirrorNormalize, "images of dtype uint8");
     check(rank == 3 || rank == 4, kCropMirrorNormalize, "images to have 3 or 4 dimensions, got ",
           rank);
@@ -57,7 +47,7 @@ inline int64_t rows_of(const Tensor& placements) {
 
 // The rows of a contiguous int64 CPU tensor of shape (N, 4).
 inline const Placement* placements_of(const Tensor& placements, size_t count) {
-  check_dense(placements, "placements");
+  check_dense(kCropMirrorNormalize, placements, "placements");
   check(placements.is_cpu() && placements.scalar_type() == ScalarType::Long &&
             placements.dim() == 2 && placements.is_contiguous() && placements.size(1) == 4 &&
             placements.size(0) == static_cast<int64_t>(count),
@@ -78,18 +68,10 @@ inline std::array<int64_t, 4> choose_output(CropMirrorNormalizeCall& call, int64
 }
 
 inline ElementType element_type_of(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return ElementType::float32;
-    case ScalarType::Half:
-      return ElementType::float16;
-    case ScalarType::BFloat16:
-      return ElementType::bfloat16;
-    default:
-      check(dtype == ScalarType::Byte, kCropMirrorNormalize,
-            "out.dtype to be float32, float16, bfloat16 or uint8");
-      return ElementType::uint8;
-  }
+  if (dtype == ScalarType::Byte) return ElementType::uint8;
+  check(dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
+        kCropMirrorNormalize, "out.dtype to be float32, float16, bfloat16 or uint8");
+  return float_type_of(kCropMirrorNormalize, dtype, "out");
 }
 
 // The memory of a mask, if there is one: bool, (N, H, W), contiguous, on the device of `out`.
@@ -97,7 +79,7 @@ inline uint8_t* mask_pointer(const CropMirrorNormalizeCall& call, const Tensor& 
                              const std::optional<Tensor>& mask) {
   if (!mask.has_value()) return nullptr;
   const auto& sizes = call.args.sizes;
-  check_dense(*mask, "mask");
+  check_dense(kCropMirrorNormalize, *mask, "mask");
   check(mask->scalar_type() == ScalarType::Bool && mask->dim() == 3 && mask->is_contiguous() &&
             mask->size(0) == sizes[0] && mask->size(1) == sizes[2] && mask->size(2) == sizes[3] &&
             mask->is_cuda() == out.is_cuda() && mask->get_device_index() == out.get_device_index(),
@@ -109,26 +91,11 @@ inline uint8_t* mask_pointer(const CropMirrorNormalizeCall& call, const Tensor& 
 // Checks a caller's output and mask against the call and takes them over.
 inline void use_output(CropMirrorNormalizeCall& call, Tensor& out,
                        const std::optional<Tensor>& mask) {
-  const auto& sizes = call.args.sizes;
-  check_dense(out, "out");
+  check_dense(kCropMirrorNormalize, out, "out");
   check(out.dim() == 4, kCropMirrorNormalize, "out to have 4 dimensions, got ", out.dim());
-  const auto out_sizes = out.sizes(), out_strides = out.strides();
-  bool dense[2] = {true, true};
-  for (int d = 0; d < 4; ++d) {
-    check(out_sizes[d] == sizes[d], kCropMirrorNormalize, "out of shape (N, C, H, W) = (", sizes[0],
-          ", ", sizes[1], ", ", sizes[2], ", ", sizes[3], "), got size ", out_sizes[d],
-          " in dimension ", d);
-  }
-  for (const bool channels_last : {false, true}) {
-    const std::array<int64_t, 4> strides = dense_strides(sizes, channels_last);
-    for (int d = 0; d < 4; ++d) {
-      if (sizes[d] > 1 && out_strides[d] != strides[d]) dense[channels_last] = false;
-    }
-  }
-  check(out.numel() == 0 || dense[false] || dense[true], kCropMirrorNormalize,
-        "out to be contiguous or channels_last, without gaps");
+  const TensorView view = view_as_nchw(kCropMirrorNormalize, out, InputLayout::nchw, "out");
+  const auto strides = strides_of_output(kCropMirrorNormalize, view, call.args.sizes);
   call.set_dtype(element_type_of(out.scalar_type()));
-  const std::array<int64_t, 4> strides = dense_strides(sizes, !dense[false]);
   call.set_output(out.mutable_data_ptr(), strides.data(), mask_pointer(call, out, mask));
 }
 

@@ -7,6 +7,7 @@
 
 #include "common/element_type.h"
 #include "common/parallel_for.h"
+#include "common/pixel_rows.h"
 
 namespace pixfuse {
 
@@ -41,30 +42,5 @@ int32_t denormalize_cpu(const DenormalizeArgs& args, ParallelFor parallel_for);
 
 // Enqueues on `stream` (a cudaStream_t) of the current device; returns a cudaError_t.
 int denormalize_cuda(const DenormalizeArgs& args, void* stream);
-
-// Makes as few and as long rows as the strides allow: when both sides go from one row of pixels
-// straight to the next, the rows are one; likewise the images.
-static inline void merge_rows(DenormalizeArgs& args) {
-  constexpr int N = 0, H = 2, W = 3;
-  const auto merge = [&](int outer, int inner) {
-    const int64_t out = args.sizes[outer], in = args.sizes[inner];
-    const bool follows_on = out == 1 || in == 1 ||
-                            (args.value_strides[outer] == args.value_strides[inner] * in &&
-                             args.output_strides[outer] == args.output_strides[inner] * in);
-    if (!follows_on) return false;
-    if (in == 1) {  // its strides meant nothing
-      args.value_strides[inner] = args.value_strides[outer];
-      args.output_strides[inner] = args.output_strides[outer];
-    }
-    args.sizes[inner] = out * in;
-    args.sizes[outer] = 1;
-    return true;
-  };
-  if (merge(H, W)) {
-    merge(N, W);
-  } else {
-    merge(N, H);
-  }
-}
 
 }  // namespace pixfuse

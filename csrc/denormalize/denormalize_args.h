@@ -4,13 +4,11 @@
 #include <cmath>
 #include <vector>
 
+#include "common/byte_span.h"
 #include "common/tensor_view.h"
 #include "denormalize/denormalize.h"
 
 namespace pixfuse {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // Everything of a call but the output and the tallies, checked; owns what `args` points to.
 struct DenormalizeCall {
@@ -21,13 +19,8 @@ struct DenormalizeCall {
 
   DenormalizeCall(const Tensor& values, const std::vector<double>& mean,
                   const std::vector<double>& std, int64_t output_layout) {
-    const ScalarType dtype = values.scalar_type();
-    check(dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
-          kName, "tensor of dtype float32, float16 or bfloat16");
-    args.dtype = dtype == ScalarType::Float  ? ElementType::float32
-                 : dtype == ScalarType::Half ? ElementType::float16
-                                             : ElementType::bfloat16;
-    const TensorView view = view_images(kName, values, 0, "tensor");
+    args.dtype = float_type_of(kName, values.scalar_type(), "tensor");
+    const TensorView view = view_as_nchw(kName, values, InputLayout::nchw, "tensor");
     check(output_layout == 0 || output_layout == 1, kName, "output_layout 0 (NCHW) or 1 (NHWC)");
     rank = view.rank;
     args.values = values.const_data_ptr();
@@ -35,14 +28,10 @@ struct DenormalizeCall {
       args.sizes[d] = view.sizes[d];
       args.value_strides[d] = view.strides[d];
     }
-    const int64_t c = view.sizes[1], h = view.sizes[2], w = view.sizes[3];
     const bool nhwc = output_layout == 1;
-    const int64_t strides_nchw[4] = {c * h * w, h * w, w, 1};
-    const int64_t strides_nhwc[4] = {c * h * w, 1, w * c, c};
+    const auto strides = dense_strides(args.sizes, nhwc);
+    for (int d = 0; d < 4; ++d) args.output_strides[d] = strides[d];
     constexpr int kNchw[4] = {0, 1, 2, 3}, kNhwc[4] = {0, 2, 3, 1};
-    for (int d = 0; d < 4; ++d) {
-      args.output_strides[d] = nhwc ? strides_nhwc[d] : strides_nchw[d];
-    }
     for (int d = 0; d < 4; ++d) {
       const int from = nhwc ? kNhwc[d] : kNchw[d];
       output_sizes[d] = args.sizes[from];
@@ -68,15 +57,10 @@ struct DenormalizeCall {
     }
     check(empty || dense, kName, "out to be contiguous");
     args.output = static_cast<uint8_t*>(out.mutable_data_ptr());
-    TensorView values{};
-    int64_t bytes = 1;
-    for (int d = 0; d < 4; ++d) {
-      values.sizes[d] = args.sizes[d];
-      values.strides[d] = args.value_strides[d];
-      bytes *= args.sizes[d];
-    }
-    check(!share_bytes(args.values, reach(values) * element_bytes(args.dtype), args.output, bytes),
-          kName, "out to share no memory with tensor");
+    const ByteSpan read =
+        span_of(args.values, args.sizes, args.value_strides, element_bytes(args.dtype));
+    const ByteSpan written = span_of(args.output, args.sizes, args.output_strides, 1);
+    check(!written.overlaps(read), kName, "out to share no memory with tensor");
   }
 
   static constexpr const char* kName = "denormalize";

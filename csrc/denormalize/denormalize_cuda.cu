@@ -147,7 +147,7 @@ int denormalize_cuda(const DenormalizeArgs& original, void* stream) {
   for (int64_t size : args.sizes) {
     if (size == 0) return cudaSuccess;
   }
-  merge_rows(args);
+  merge_rows(args.sizes, args.value_strides, args.output_strides);
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   for (int64_t first = 0; first < args.sizes[1]; first += kMaxChannels) {
     const int64_t left = args.sizes[1] - first;

@@ -1,6 +1,7 @@
 // The operator on CPU tensors: schema, checks, allocation; hands plain pointers to denormalize_cpu.
 #include <tuple>
 
+#include "common/counts.h"
 #include "common/cpu_output.h"
 #include "denormalize/denormalize_args.h"
 

@@ -2,18 +2,19 @@
 // denormalize_cuda.
 #include <tuple>
 
-#include "common/cuda_call.h"
+#include "common/counts.h"
+#include "common/cuda_device.h"
 #include "denormalize/denormalize_args.h"
 
 namespace pixfuse {
 namespace {
 
 // Returns the tallies: empty when nothing is to be counted.
-Tensor run(DenormalizeCall& call, const CudaCall& cuda, bool count) {
+Tensor run(DenormalizeCall& call, int32_t device, bool count) {
   const int64_t size = count ? static_cast<int64_t>(Tally::count) : 0;
-  Tensor tallies = zero_counts(call.kName, 1, &size, aoti_torch_device_type_cuda(), cuda.device());
+  Tensor tallies = zero_cuda_counts(call.kName, 1, &size, device);
   if (count) call.args.tallies = static_cast<int64_t*>(tallies.mutable_data_ptr());
-  cuda.check_launch(denormalize_cuda(call.args, cuda.stream()));
+  check_launch(call.kName, denormalize_cuda(call.args, current_cuda_stream(call.kName, device)));
   return tallies;
 }
 
@@ -21,12 +22,13 @@ std::tuple<Tensor, Tensor> denormalize(const Tensor& values, const std::vector<d
                                        const std::vector<double>& std, int64_t output_layout,
                                        bool count) {
   DenormalizeCall call(values, mean, std, output_layout);
-  const CudaCall cuda(call.kName, values);
-  Tensor out =
-      empty_contiguous(call.kName, call.rank, call.output_sizes + (4 - call.rank),
-                       aoti_torch_dtype_uint8(), aoti_torch_device_type_cuda(), cuda.device());
+  const int32_t device = values.get_device_index();
+  const DeviceGuard guard(call.kName, device);
+  const int64_t skip = 4 - call.rank;
+  Tensor out = empty_cuda(call.kName, call.rank, call.output_sizes + skip,
+                          call.output_strides + skip, aoti_torch_dtype_uint8(), device);
   call.args.output = static_cast<uint8_t*>(out.mutable_data_ptr());
-  Tensor tallies = run(call, cuda, count);
+  Tensor tallies = run(call, device, count);
   return {out, tallies};
 }
 
@@ -34,11 +36,12 @@ Tensor denormalize_out(const Tensor& values, const std::vector<double>& mean,
                        const std::vector<double>& std, int64_t output_layout, bool count,
                        Tensor out) {
   DenormalizeCall call(values, mean, std, output_layout);
-  const CudaCall cuda(call.kName, values);
-  check(out.is_cuda() && out.get_device_index() == cuda.device(), call.kName,
-        "out on the device of tensor (CUDA device ", cuda.device(), ")");
+  const int32_t device = values.get_device_index();
+  const DeviceGuard guard(call.kName, device);
+  check(out.is_cuda() && out.get_device_index() == device, call.kName,
+        "out on the device of tensor (CUDA device ", device, ")");
   call.set_output(out);
-  return run(call, cuda, count);
+  return run(call, device, count);
 }
 
 }  // namespace

@@ -6,9 +6,9 @@
 namespace pixfuse {
 
 // Everything but the sums.
-inline ImageMomentsArgs moments_args(const char* function, const torch::stable::Tensor& images,
+inline ImageMomentsArgs moments_args(const char* function, const Tensor& images,
                                      int64_t input_layout) {
-  const TensorView view = view_bytes(function, images, input_layout);
+  const TensorView view = view_images(function, images, input_layout);
   ImageMomentsArgs args{};
   args.images = static_cast<const uint8_t*>(images.const_data_ptr());
   for (int d = 0; d < 4; ++d) {

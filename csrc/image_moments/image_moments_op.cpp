@@ -2,12 +2,11 @@
 // image_moments_cpu.
 #include <tuple>
 
+#include "common/counts.h"
 #include "image_moments/image_moments_args.h"
 
 namespace pixfuse {
 namespace {
-
-using torch::stable::Tensor;
 
 std::tuple<Tensor, Tensor> image_moments(const Tensor& images, int64_t input_layout) {
   ImageMomentsArgs args = moments_args("image_moments", images, input_layout);

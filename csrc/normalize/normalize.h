@@ -6,6 +6,8 @@
 #include <stdint.h>
 
 #include "common/element_type.h"
+#include "common/parallel_for.h"
+#include "common/pixel_rows.h"
 
 namespace pixfuse {
 
@@ -49,41 +51,10 @@ struct NormalizeArgs {
   const ChannelConstants* channels;  // [C], in host memory
 };
 
-// Splits [begin, end) over threads; the signature of torch's C function for it.
-using ParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain,
-                                void (*body)(int64_t, int64_t, void*), void* context);
-
 // Returns what `parallel_for` returned: 0 when all went well.
 int32_t normalize_cpu(const NormalizeArgs& args, ParallelFor parallel_for);
 
 // Enqueues on `stream` (a cudaStream_t) of the current device; returns a cudaError_t.
 int normalize_cuda(const NormalizeArgs& args, void* stream);
-
-// Makes as few and as long rows as the strides allow: when both sides go from one row of pixels
-// straight to the next, the rows are one; likewise the images.
-static inline void merge_rows(NormalizeArgs& args) {
-  constexpr int N = 0, H = 2, W = 3;
-  const auto move = [&](int from, int to) {
-    args.sizes[to] *= args.sizes[from];
-    if (args.sizes[to] == args.sizes[from]) {  // `to` had one element: its strides meant nothing
-      args.image_strides[to] = args.image_strides[from];
-      args.output_strides[to] = args.output_strides[from];
-    }
-    args.sizes[from] = 1;
-  };
-  const auto merge = [&](int outer, int inner) {
-    const bool follows_on =
-        args.sizes[outer] == 1 || args.sizes[inner] == 1 ||
-        (args.image_strides[outer] == args.image_strides[inner] * args.sizes[inner] &&
-         args.output_strides[outer] == args.output_strides[inner] * args.sizes[inner]);
-    if (follows_on) move(outer, inner);
-    return follows_on;
-  };
-  if (merge(H, W)) {
-    merge(N, W);
-  } else {
-    merge(N, H);
-  }
-}
 
 }  // namespace pixfuse

@@ -36,7 +36,7 @@ int32_t normalize_cpu(const NormalizeArgs& original, ParallelFor parallel_for) {
   for (int64_t size : job.args.sizes) {
     if (size == 0) return 0;
   }
-  merge_rows(job.args);
+  merge_rows(job.args.sizes, job.args.image_strides, job.args.output_strides);
 
   const auto body = [](int64_t first, int64_t last, void* context) {
     const Job& job = *static_cast<const Job*>(context);

@@ -106,7 +106,7 @@ int normalize_cuda(const NormalizeArgs& original, void* stream) {
   for (int64_t size : args.sizes) {
     if (size == 0) return cudaSuccess;
   }
-  merge_rows(args);
+  merge_rows(args.sizes, args.image_strides, args.output_strides);
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   switch (args.dtype) {
     case ElementType::float32:

@@ -68,8 +68,7 @@ Tensor normalize_pinned(const Tensor& images, const std::vector<double>& mean,
         device_index);
   const auto device = static_cast<int32_t>(device_index);
   const DeviceGuard guard(kFunction, device);
-  const ByteRange bytes =
-      bytes_reached(call.args.images, call.args.sizes, call.args.image_strides, 1);
+  const ByteSpan bytes = span_of(call.args.images, call.args.sizes, call.args.image_strides, 1);
   if (bytes.begin < bytes.end) {
     const uint8_t* first = on_device(call.args.images);
     const uint8_t* last = on_device(reinterpret_cast<const uint8_t*>(bytes.end - 1));

@@ -5,8 +5,6 @@
 #pragma once
 #include <stdint.h>
 
-#include "common/element_type.h"
-#include "common/parallel_for.h"
 #include "normalize/normalize.h"
 
 namespace pixfuse {

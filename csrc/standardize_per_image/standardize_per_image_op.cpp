@@ -14,7 +14,7 @@ Tensor standardize_per_image(const Tensor& images, bool per_channel, double floo
   StandardizeArgs& args = call.args;
   const int64_t skip = 4 - call.rank;
   Tensor out = empty_cpu_output(call.rank, args.sizes + skip, args.output_strides + skip,
-                                call.shim_dtype, element_bytes(args.dtype));
+                                shim_dtype(args.dtype), element_bytes(args.dtype));
   args.output = out.mutable_data_ptr();
   const auto count = static_cast<size_t>(args.sizes[0] * args.sizes[1]);
   std::vector<int64_t> sums(2 * count);

@@ -1,6 +1,7 @@
 // The operator on CUDA tensors: checks, allocation, device and stream; hands plain pointers to
 // standardize_per_image_cuda.
-#include "common/cuda_call.h"
+#include "common/counts.h"
+#include "common/cuda_device.h"
 #include "standardize_per_image/standardize_per_image_args.h"
 
 namespace pixfuse {
@@ -10,20 +11,18 @@ Tensor standardize_per_image(const Tensor& images, bool per_channel, double floo
                              int64_t input_layout, int64_t dtype, int64_t memory_format) {
   StandardizeCall call(images, per_channel, floor, input_layout, dtype, memory_format);
   StandardizeArgs& args = call.args;
-  const CudaCall cuda(call.kName, images);
+  const int32_t device = images.get_device_index();
+  const DeviceGuard guard(call.kName, device);
   const int64_t skip = 4 - call.rank;
-  AtenTensorHandle handle = nullptr;
-  check(aoti_torch_empty_strided(call.rank, args.sizes + skip, args.output_strides + skip,
-                                 call.shim_dtype, aoti_torch_device_type_cuda(), cuda.device(),
-                                 &handle) == AOTI_TORCH_SUCCESS,
-        call.kName, "torch to allocate the output on CUDA device ", cuda.device());
-  Tensor out(handle);
+  Tensor out = empty_cuda(call.kName, call.rank, args.sizes + skip, args.output_strides + skip,
+                          shim_dtype(args.dtype), device);
   args.output = out.mutable_data_ptr();
   const int64_t sizes[3] = {2, args.sizes[0], args.sizes[1]};
-  Tensor sums = zero_counts(call.kName, 3, sizes, aoti_torch_device_type_cuda(), cuda.device());
+  Tensor sums = zero_cuda_counts(call.kName, 3, sizes, device);
   args.sums = static_cast<int64_t*>(sums.mutable_data_ptr());
   args.squares = args.sums + args.sizes[0] * args.sizes[1];
-  cuda.check_launch(standardize_per_image_cuda(args, cuda.stream()));
+  check_launch(call.kName,
+               standardize_per_image_cuda(args, current_cuda_stream(call.kName, device)));
   return out;
 }
 
