@@ -145,7 +145,12 @@ def test_the_installed_package_is_tested() -> None:
 
 def test_public_names() -> None:
     public = {name for name in vars(pixfuse) if not name.startswith("_")}
-    modules = {"functional", "normalization"}  # their content is what is public
+    modules = {
+        "activity",
+        "convolution",
+        "functional",
+        "normalization",
+    }  # their content is what is public
     assert public - modules == set(pixfuse.__all__)
 
 
@@ -153,8 +158,11 @@ PUBLIC_FUNCTIONS: dict[str, Callable[..., object]] = {
     "crop_mirror_normalize": pixfuse.crop_mirror_normalize,
     "normalize": pixfuse.normalize,
     "Normalization": pixfuse.Normalization,
+    "UnitActivity": pixfuse.UnitActivity,
+    "conv_bias_relu": pixfuse.conv_bias_relu,
     "empty_cache": pixfuse.empty_cache,
     "info": pixfuse.info,
+    "reference.conv_bias_relu": pixfuse.reference.conv_bias_relu,
     "reference.normalize": pixfuse.reference.normalize,
 }
 
