@@ -31,7 +31,7 @@ demo: build $(STAMPS)/demo  ## Run the main job on photographs, check and time i
 	$(BIN)/python -m benchmarks.demo
 
 .PHONY: test
-test: build $(STAMPS)/test  ## Run every test (PYTEST_ARGS="-k name" for some)
+test: build $(STAMPS)/test $(STAMPS)/neighbours  ## Run every test (PYTEST_ARGS="-k name" for some)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 .PHONY: build
@@ -95,6 +95,12 @@ $(STAMPS)/test $(STAMPS)/demo $(STAMPS)/bench: $(STAMPS)/%: \
 	@touch $@
 
 $(STAMPS)/bench: requirements/demo.txt
+
+# Some of them require torchvision: it must be there, or pip would bring one with its own torch.
+# Compiling what they install takes as long as installing it, and most of it is never imported.
+$(STAMPS)/neighbours: requirements/neighbours.txt $(STAMPS)/test
+	$(PIP_INSTALL) --no-compile -r $<
+	@touch $@
 
 $(STAMPS)/pixfuse: $(STAMPS)/build $(SOURCES)
 	$(PIP_INSTALL) --no-deps .

@@ -1,14 +1,20 @@
-"""``make bench``: measures, then makes the chart and the README's table from the results.
+"""``make bench``: every benchmark, then the charts and the README's tables from their results.
 
-Arguments go to the benchmark; with any of them the chart and the README stay as they are.
+With ``--quick`` each measures little and writes nothing, and the charts and the README stay.
 """
 
+import argparse
 import sys
 
-from benchmarks import bench_normalize, plot
+from benchmarks import bench_collate, bench_loader, bench_normalize, plot
 
 if __name__ == "__main__":
-    status = bench_normalize.main()
-    if len(sys.argv) == 1:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a few minutes; writes nothing")
+    arguments = ["--quick"] if parser.parse_args().quick else []
+    status = max(
+        benchmark.main(arguments) for benchmark in (bench_normalize, bench_collate, bench_loader)
+    )
+    if not arguments:
         plot.main([])
     sys.exit(status)

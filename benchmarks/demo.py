@@ -3,13 +3,14 @@
     python -m benchmarks.demo [--output demo.png]
 
 64 crops of scikit-learn's two photographs, as NHWC bytes, become [0, 1], [-1, 1] and standardized
-tensors in float32 and bfloat16.
+tensors in float32 and bfloat16. Then a DataLoader reads a folder of JPEG files cut from them.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,11 +22,13 @@ import torch
 from rich.table import Table
 
 import pixfuse
-from benchmarks import harness, peers, report
+from benchmarks import bench_loader, harness, peers, report
 from benchmarks.harness import Checked, Plan, Timing, UnequalError
 from benchmarks.peers import Batch, Case, Peer
+from benchmarks.photos import Crop, photographs, random_crops, write_jpegs
 
 CROPS, SIDE = 64, 224
+FILES, LOADER_EPOCHS, LOADER_WORKERS = 256, 3, (0, 2)
 OUTPUTS = {
     "[0, 1]": pixfuse.UNIT,
     "[-1, 1]": pixfuse.SIGNED,
@@ -42,15 +45,6 @@ console = report.console()
 
 
 @dataclass(frozen=True)
-class Crop:
-    """Where a crop was taken: the photograph's index, and its upper left corner."""
-
-    photo: int
-    top: int
-    left: int
-
-
-@dataclass(frozen=True)
 class Result:
     """One output in one type: what everybody took, and a word for who took nothing."""
 
@@ -59,27 +53,6 @@ class Result:
     timings: dict[str, Timing]
     words: dict[str, str]
     unequal: list[str]
-
-
-def photographs() -> list[np.ndarray[Any, Any]]:
-    from sklearn.datasets import load_sample_images
-
-    return [np.ascontiguousarray(image) for image in load_sample_images().images]
-
-
-def random_crops(photos: Sequence[np.ndarray[Any, Any]]) -> tuple[list[Crop], torch.Tensor]:
-    """The crops' places, and their pixels as one NHWC batch."""
-    random = np.random.default_rng(0)
-    crops = []
-    for index in range(CROPS):
-        photo = index % len(photos)
-        height, width, _ = photos[photo].shape
-        top, left = random.integers(0, [height - SIDE + 1, width - SIDE + 1])
-        crops.append(Crop(photo, int(top), int(left)))
-    pixels = np.stack(
-        [photos[c.photo][c.top : c.top + SIDE, c.left : c.left + SIDE] for c in crops]
-    )
-    return crops, torch.from_numpy(pixels)
 
 
 def torchvision_result(case: Case, batch: Batch) -> torch.Tensor:
@@ -169,6 +142,19 @@ def peer_notes(results: Sequence[Result]) -> list[str]:
         for (name, dtype), error in worst.items()
         if error > 0
     ]
+
+
+# ---- the DataLoader ------------------------------------------------------------------------------
+
+
+def run_loader() -> list[str]:
+    """A folder of JPEG files through a DataLoader, every batch checked; returns what differed."""
+    problems: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        paths = write_jpegs(Path(folder), FILES, bench_loader.JPEG_SIDE)
+        rows = bench_loader.run_source("folder", paths, LOADER_EPOCHS, problems, LOADER_WORKERS)
+    bench_loader.print_rows(rows)
+    return problems
 
 
 # ---- the picture ---------------------------------------------------------------------------------
@@ -295,8 +281,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.perf_counter()
     torch.set_num_threads(1)
     photos = photographs()
-    crops, pixels = random_crops(photos)
-    batch = Batch(pixels)
+    crops, pixels = random_crops(photos, CROPS, SIDE)
+    batch = Batch(torch.from_numpy(pixels))
     everybody: list[Peer] = [
         peers.Pixfuse(),
         peers.TorchvisionV2(),
@@ -321,8 +307,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for reason in filter(None, (peer.unavailable() for peer in everybody)):
         console.print(f"Cannot run here: {reason}", markup=False, highlight=False)
     draw(options.output, photos, crops, tensors, results)
-    console.print(f"wrote {options.output} ({time.perf_counter() - started:.0f} s)")
     unequal = [message for result in results for message in result.unequal]
+    unequal += run_loader()
+    console.print(f"wrote {options.output} ({time.perf_counter() - started:.0f} s)")
     for message in unequal:
         console.print(message, style="red", markup=False)
     return 1 if unequal else 0

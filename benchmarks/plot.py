@@ -1,6 +1,6 @@
-"""The chart and the README's table, made from the results.
+"""The charts and the README's tables, made from the results.
 
-    python -m benchmarks.plot           # draws the chart, rewrites the block in README.md
+    python -m benchmarks.plot           # draws the charts, rewrites the block in README.md
     python -m benchmarks.plot --check   # fails when either differs from the results
 
 The block stands between ``<!-- benchmark:start -->`` and ``<!-- benchmark:end -->``.
@@ -12,7 +12,7 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,22 +22,84 @@ from benchmarks.harness import RESULTS, ROOT
 START, END = "<!-- benchmark:start -->", "<!-- benchmark:end -->"
 OURS, OURS_FRESH, COPY = "pixfuse", "pixfuse, fresh", "copy"
 OURS_COLOR, PEER_COLOR, TEXT_COLOR, FAINT_COLOR = "#e4572e", "#b8c0cc", "#1f2933", "#6b7683"
+PART_COLORS = {"decode": "#b8c0cc", "normalize": "#e4572e", "move": "#3a6ea5"}
 
 
 @dataclass(frozen=True)
 class Bar:
-    """One way to do the main case."""
+    """One way to do a piece of work."""
 
     name: str
     us_per_image: float
     max_error: float
-
-    @property
-    def is_ours(self) -> bool:
-        return self.name in (OURS, OURS_FRESH)
+    is_ours: bool = False
 
 
-def bars(results: dict[str, Any]) -> list[Bar]:
+@dataclass(frozen=True)
+class Report:
+    """One file of results, and what is made of it."""
+
+    file: str
+    section: Callable[[dict[str, Any], str], list[str]]  # lines for the README; given the chart
+    draw: Callable[[dict[str, Any], Path, str], None]
+
+
+# ---- what all of them say ------------------------------------------------------------------------
+
+
+def machine(results: dict[str, Any]) -> str:
+    return f"{results['machine']['cpu']}, {results['pixfuse']['isa']}"
+
+
+def claim_lines(results: dict[str, Any]) -> list[str]:
+    lines = ["| claim | measured | target | met |", "|---|--:|--:|---|"]
+    words = {True: "yes", False: "**no**", None: "not measured"}
+    for item in results["claims"]:
+        value = "" if item["value"] is None else f"{item['value']:.3g}"
+        lines.append(f"| {item['claim']} | {value} | {item['target']} | {words[item['met']]} |")
+    return lines
+
+
+def origin(results: dict[str, Any]) -> str:
+    versions = results["versions"]
+    shown = ("torch", "torchvision", "pillow", "opencv-python-headless", "nvidia-dali-cuda130")
+    named = ", ".join(f"{name} {versions[name]}" for name in shown if versions.get(name))
+    commit = f", commit {results['commit'][:12]}" if results["commit"] else ""
+    commit += " with changes" if results["dirty"] else ""
+    return f"Made by `{results['command']}` on {results['date'][:10]}{commit}; {named}."
+
+
+def difference(bar: Bar) -> str:
+    return "none, bit for bit" if bar.max_error == 0 else f"up to {bar.max_error:.1e}"
+
+
+def microseconds(us: float) -> str:
+    return f"{us:.0f}" if us >= 99.5 else f"{us:.1f}"
+
+
+def bar_lines(found: Sequence[Bar], ours: float, copy: float) -> list[str]:
+    """A table of bars, the quickest first, with the copy among them."""
+    rows = [(copy, f"| *copy of as many bytes* | {copy:.1f} | {copy / ours:.2f} | |")]
+    for bar in found:
+        name = shown_name(bar.name)
+        name = name.replace(OURS, f"**{OURS}**", 1) if bar.is_ours else name
+        us = bar.us_per_image
+        rows.append((us, f"| {name} | {us:.1f} | {us / ours:.2f} | {difference(bar)} |"))
+    return [
+        "| | µs per image | time / pixfuse | difference from torchvision v2 |",
+        "|---|--:|--:|---|",
+        *(text for _, text in sorted(rows)),
+    ]
+
+
+def shown_name(name: str) -> str:
+    return {OURS: "pixfuse, out=", OURS_FRESH: "pixfuse"}.get(name, name)
+
+
+# ---- a batch that is a tensor already ------------------------------------------------------------
+
+
+def normalize_bars(results: dict[str, Any]) -> list[Bar]:
     """Ours and every peer at the main case, the quickest first; without the copy."""
     headline = results["headline"]
     us = {
@@ -47,24 +109,14 @@ def bars(results: dict[str, Any]) -> list[Bar]:
     found = []
     for name in (OURS, OURS_FRESH, *(name for name in results["peers"] if name != OURS)):
         if name in us:
+            is_ours = name in (OURS, OURS_FRESH)
             # A peer that was measured in both ways is shown in its quicker one.
-            quicker = (
-                us[name] if name == OURS else min(us[name], us.get(f"{name}, fresh", us[name]))
-            )
-            found.append(Bar(name, quicker, headline["max_error"][name]))
+            quicker = us[name] if is_ours else min(us[name], us.get(f"{name}, fresh", us[name]))
+            found.append(Bar(name, quicker, headline["max_error"][name], is_ours))
     return sorted(found, key=lambda bar: bar.us_per_image)
 
 
-def copy_us_per_image(results: dict[str, Any]) -> float:
-    headline = results["headline"]
-    return float(headline["us_per_call"][COPY][1] / headline["images"])
-
-
-def shown_name(name: str) -> str:
-    return {OURS: "pixfuse, out=", OURS_FRESH: "pixfuse"}.get(name, name)
-
-
-def work(results: dict[str, Any]) -> str:
+def normalize_work(results: dict[str, Any]) -> str:
     case = results["headline"]["case"]
     output_layout = {"contiguous": "NCHW", "channels_last": "NHWC"}[case["output"]]
     threads = {1: "one thread"}.get(case["threads"], f"{case['threads']} threads")
@@ -74,84 +126,250 @@ def work(results: dict[str, Any]) -> str:
     )
 
 
-def machine(results: dict[str, Any]) -> str:
-    return f"{results['machine']['cpu']}, {results['pixfuse']['isa']}"
-
-
-# ---- the table -----------------------------------------------------------------------------------
-
-
-def readme_block(results: dict[str, Any], chart: str) -> str:
-    """What stands between the marks."""
-    found = bars(results)
+def normalize_section(results: dict[str, Any], chart: str) -> list[str]:
+    headline = results["headline"]
+    found = normalize_bars(results)
     ours = next(bar.us_per_image for bar in found if bar.name == OURS)
+    copy = headline["us_per_call"][COPY][1] / headline["images"]
+    return [
+        "### A batch that is a tensor already",
+        "",
+        f"{normalize_work(results)} ({machine(results)}):",
+        "",
+        *bar_lines(found, ours, copy),
+        "",
+        f"![Time per image of pixfuse and its peers]({chart})",
+        "",
+        *claim_lines(results),
+        "",
+        f"Medians of {headline['samples']} interleaved rounds, each result checked before it was "
+        f"timed. {origin(results)} What each peer runs stands in `benchmarks/peers.py`.",
+    ]
+
+
+def draw_normalize(results: dict[str, Any], path: Path, source: str) -> None:
+    headline = results["headline"]
+    panel = Panel(
+        "",
+        normalize_bars(results),
+        headline["us_per_call"][COPY][1] / headline["images"],
+    )
+    subtitle = f"{normalize_work(results)}, ImageNet statistics; {machine(results)}"
+    draw_bars([panel], subtitle, path, source)
+
+
+# ---- a list of images ----------------------------------------------------------------------------
+
+COLLATE_WORKS = {
+    "plain": "{images} images of {input} to a float32 batch",
+    "cropped": "{images} images of {input}, cropped to {output}, {mirrored} of them mirrored",
+}
+
+
+def collate_bars(result: dict[str, Any]) -> list[Bar]:
+    """Ours in its ways to float32 and every peer, the quickest first; without the copy."""
+    found = []
+    for name, quartiles in result["us_per_call"].items():
+        if name != COPY and not name.endswith(("bfloat16", "uint8")):
+            is_ours = name.startswith(OURS)
+            us = quartiles[1] / result["images"]
+            shown = {OURS: "pixfuse, Pillow", f"{OURS}, out=": "pixfuse, Pillow, out="}
+            found.append(Bar(shown.get(name, name), us, result["max_error"][name], is_ours))
+    return sorted(found, key=lambda bar: bar.us_per_image)
+
+
+def collate_section(results: dict[str, Any], chart: str) -> list[str]:
+    lines = ["### A list of images", ""]
+    for work, title in COLLATE_WORKS.items():
+        result = results[work]
+        us = {name: quartiles[1] for name, quartiles in result["us_per_call"].items()}
+        ours, copy = us[OURS] / result["images"], us[COPY] / result["images"]
+        lines += [
+            f"{title.format(**result)}, one thread ({machine(results)}):",
+            "",
+            *bar_lines(collate_bars(result), ours, copy),
+            "",
+        ]
+    return [
+        *lines,
+        f"![Time per image of pixfuse and its peers, from lists of images]({chart})",
+        "",
+        *claim_lines(results),
+        "",
+        f"Medians of {results['plain']['samples']} interleaved rounds, each result checked before "
+        f"it was timed. {origin(results)} Each peer is used as its users type it.",
+    ]
+
+
+def draw_collate(results: dict[str, Any], path: Path, source: str) -> None:
+    panels = [
+        Panel(
+            title.format(**results[work]),
+            collate_bars(results[work]),
+            results[work]["us_per_call"][COPY][1] / results[work]["images"],
+        )
+        for work, title in COLLATE_WORKS.items()
+    ]
+    draw_bars(panels, f"one thread, ImageNet statistics; {machine(results)}", path, source)
+
+
+# ---- a DataLoader --------------------------------------------------------------------------------
+
+
+def loader_section(results: dict[str, Any], chart: str) -> list[str]:
     lines = [
-        f"{work(results)} ({machine(results)}):",
+        "### A DataLoader",
         "",
-        "| | µs per image | time / pixfuse | difference from torchvision v2 |",
-        "|---|--:|--:|---|",
-    ]
-    copy = copy_us_per_image(results)
-    rows: list[tuple[float, str]] = [
-        (copy, f"| *copy of as many bytes* | {copy:.1f} | {copy / ours:.2f} | |")
-    ]
-    for bar in found:
-        name = {OURS: "**pixfuse**, `out=`", OURS_FRESH: "**pixfuse**"}.get(bar.name, bar.name)
-        error = "none, bit for bit" if bar.max_error == 0 else f"up to {bar.max_error:.1e}"
-        us = bar.us_per_image
-        rows.append((us, f"| {name} | {us:.1f} | {us / ours:.2f} | {error} |"))
-    lines += [text for _, text in sorted(rows)]
-    lines += ["", f"![Time per image of pixfuse and its peers]({chart})", ""]
-    lines += ["| claim | measured | target | met |", "|---|--:|--:|---|"]
-    words = {True: "yes", False: "**no**", None: "not measured"}
-    for item in results["claims"]:
-        value = "" if item["value"] is None else f"{item['value']:.3g}"
-        lines.append(f"| {item['claim']} | {value} | {item['target']} | {words[item['met']]} |")
-    versions = results["versions"]
-    shown = ("torch", "torchvision", "opencv-python-headless", "nvidia-dali-cuda130")
-    named = ", ".join(f"{name} {versions[name]}" for name in shown if versions.get(name))
-    commit = f", commit {results['commit'][:12]}" if results["commit"] else ""
-    commit += " with changes" if results["dirty"] else ""
-    lines += [
+        f"{results['images']} images in batches of {results['batch']} ({machine(results)}):",
         "",
-        f"Medians of {results['headline']['samples']} interleaved rounds, each result checked "
-        f"before it was timed. Made by `{results['command']}` on {results['date'][:10]}{commit}; "
-        f"{named}. What each peer runs stands in `benchmarks/peers.py`.",
+        "| | workers | images/s | decode | normalize | move and wait |",
+        "|---|--:|--:|--:|--:|--:|",
     ]
-    return "\n".join(lines)
+    for source, title in results["sources"].items():
+        lines.append(f"| *{title}* | | | µs per image | µs per image | µs per image |")
+        for row in results["rows"]:
+            if row["source"] == source:
+                name = row["pipeline"].replace(OURS, f"**{OURS}**", 1)
+                parts = " | ".join(microseconds(us) for us in row["parts_us"].values())
+                rate = f"{row['images_per_second']:,.0f}"
+                lines.append(f"| {name} | {row['workers']} | {rate} | {parts} |")
+    return [
+        *lines,
+        "",
+        f"![Where the time of a DataLoader goes]({chart})",
+        "",
+        *claim_lines(results),
+        "",
+        f"Medians of {results['epochs']} epochs, in turns, each pipeline's batches checked first. "
+        f"Work done in W workers at once counts 1/W. {origin(results)}",
+    ]
 
 
-def with_block(readme: str, block: str) -> str:
-    """The README with a new block between the marks."""
-    if readme.count(START) != 1 or readme.count(END) != 1:
-        raise SystemExit(f"README.md: expected one {START} and one {END}")
-    head, _, rest = readme.partition(START)
-    _, _, tail = rest.partition(END)
-    return f"{head}{START}\n{block}\n{END}{tail}"
+def draw_loader(results: dict[str, Any], path: Path, source: str) -> None:
+    """Stacked bars of the wall-clock time per image, a panel for each source."""
+    plt = pyplot()
+    sources = results["sources"]
+    rows = {name: [r for r in results["rows"] if r["source"] == name] for name in sources}
+    counts = [len(found) for found in rows.values()]
+    figure, axes = plt.subplots(
+        len(sources),
+        1,
+        figsize=(9.0, 1.4 + sum(0.32 * count for count in counts) + 0.5 * (len(sources) - 1)),
+        dpi=160,
+        squeeze=False,
+        gridspec_kw={"height_ratios": counts},
+    )
+    top = figure.get_figheight()
+    figure.subplots_adjust(left=0.37, right=0.94, top=1 - 1.2 / top, bottom=0.1 / top)
+    for place, (name, title) in zip(axes[:, 0], sources.items(), strict=True):
+        _draw_stacks(place, title, rows[name])
+    figure.text(
+        0.02, 1 - 0.34 / top, "A DataLoader: time per image, in µs", fontsize=14, fontweight="bold"
+    )
+    figure.text(0.02, 1 - 0.62 / top, machine(results), fontsize=9.5, color=FAINT_COLOR)
+    words = {"decode": "decode", "normalize": "normalize, collate", "move": "move and wait"}
+    for index, (part, word) in enumerate(words.items()):
+        figure.text(0.37 + 0.19 * index, 1 - 0.62 / top, "■", fontsize=11, color=PART_COLORS[part])
+        figure.text(0.39 + 0.19 * index, 1 - 0.62 / top, word, fontsize=9.5)
+    save(figure, path, source)
 
 
-# ---- the chart -----------------------------------------------------------------------------------
+def _draw_stacks(axes: Any, title: str, rows: Sequence[dict[str, Any]]) -> None:
+    longest = max(sum(row["parts_us"].values()) for row in rows)
+    for index, row in enumerate(rows):
+        end = 0.0
+        for part, us in row["parts_us"].items():
+            axes.barh(index, us, left=end, height=0.68, color=PART_COLORS[part])
+            end += us
+        ours = row["pipeline"].startswith(OURS)
+        weight = "bold" if ours else "normal"
+        name = row["pipeline"].replace(" batches and ", " + ")
+        workers = f"{row['workers']} worker{'' if row['workers'] == 1 else 's'}"
+        axes.text(
+            -0.015 * longest,
+            index,
+            f"{name}, {workers}",
+            ha="right",
+            va="center",
+            fontsize=9.5,
+            fontweight=weight,
+        )
+        axes.text(
+            end + 0.01 * longest,
+            index,
+            microseconds(end),
+            va="center",
+            fontsize=9.5,
+            fontweight=weight,
+        )
+    axes.set_title(title, fontsize=9.5, loc="left", color=FAINT_COLOR)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_xlim(0, longest * 1.08)
+    axes.set_axis_off()
 
 
-def draw(results: dict[str, Any], path: Path, source: str) -> None:
-    """Horizontal bars of the time per image; ``source`` names the results in the picture's data."""
+# ---- drawing -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Bars that share an axis, and the time of a copy."""
+
+    title: str
+    bars: list[Bar]
+    copy_us: float
+
+
+def pyplot() -> Any:
     import matplotlib as mpl
 
     mpl.use("agg")
     from matplotlib import pyplot as plt
 
-    found = bars(results)
-    copy = copy_us_per_image(results)
-    longest = max(bar.us_per_image for bar in found)
     plt.rcParams.update({"font.family": "DejaVu Sans", "text.color": TEXT_COLOR})
-    figure, axes = plt.subplots(figsize=(9.0, 1.35 + 0.34 * len(found)), dpi=160)
-    figure.subplots_adjust(
-        left=0.24, right=0.955, top=1 - 0.8 / figure.get_figheight(), bottom=0.06
+    return plt
+
+
+def save(figure: Any, path: Path, source: str) -> None:
+    """``source`` names the results in the picture's data."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Software": None, "Source": source})
+    pyplot().close(figure)
+
+
+def draw_bars(panels: Sequence[Panel], subtitle: str, path: Path, source: str) -> None:
+    """Horizontal bars of the time per image, one panel above the other."""
+    plt = pyplot()
+    counts = [len(panel.bars) for panel in panels]
+    figure, axes = plt.subplots(
+        len(panels),
+        1,
+        figsize=(9.0, 1.35 + sum(0.34 * count for count in counts) + 0.55 * (len(panels) - 1)),
+        dpi=160,
+        squeeze=False,
+        gridspec_kw={"height_ratios": counts},
     )
-    for row, bar in enumerate(found):
-        color = OURS_COLOR if bar.is_ours else PEER_COLOR
+    top = figure.get_figheight()
+    margin = 1.05 if panels[0].title else 0.8
+    figure.subplots_adjust(left=0.24, right=0.955, top=1 - margin / top, bottom=0.25 / top)
+    for place, panel in zip(axes[:, 0], panels, strict=True):
+        _draw_panel(place, panel)
+    figure.text(0.02, 1 - 0.34 / top, "Time per image, in µs", fontsize=14, fontweight="bold")
+    figure.text(0.02, 1 - 0.62 / top, subtitle, fontsize=9.5, color=FAINT_COLOR)
+    save(figure, path, source)
+
+
+def _draw_panel(axes: Any, panel: Panel) -> None:
+    longest = max(bar.us_per_image for bar in panel.bars)
+    for row, bar in enumerate(panel.bars):
         weight = "bold" if bar.is_ours else "normal"
-        axes.barh(row, bar.us_per_image, height=0.66, color=color, zorder=2)
+        axes.barh(
+            row,
+            bar.us_per_image,
+            height=0.66,
+            color=OURS_COLOR if bar.is_ours else PEER_COLOR,
+            zorder=2,
+        )
         axes.text(
             -0.012 * longest,
             row,
@@ -161,40 +379,31 @@ def draw(results: dict[str, Any], path: Path, source: str) -> None:
             fontsize=10,
             fontweight=weight,
         )
-        beyond_line = max(bar.us_per_image, copy if bar.us_per_image < 1.5 * copy else 0)
+        near_line = bar.us_per_image < 1.5 * panel.copy_us
+        beyond_line = max(bar.us_per_image, panel.copy_us if near_line else 0)
         axes.text(
             beyond_line + 0.008 * longest,
             row,
-            f"{bar.us_per_image:.0f}" if bar.us_per_image >= 99.5 else f"{bar.us_per_image:.1f}",
+            microseconds(bar.us_per_image),
             va="center",
             fontsize=10,
             fontweight=weight,
             color=OURS_COLOR if bar.is_ours else TEXT_COLOR,
         )
-    axes.axvline(copy, color=TEXT_COLOR, linewidth=1, linestyle=(0, (3, 2)), zorder=3)
+    axes.axvline(panel.copy_us, color=TEXT_COLOR, linewidth=1, linestyle=(0, (3, 2)), zorder=3)
     axes.text(
-        copy + 0.008 * longest,
-        len(found) - 0.42,
-        f"a copy of as many bytes: {copy:.1f}",
+        panel.copy_us + 0.008 * longest,
+        len(panel.bars) - 0.42,
+        f"a copy of as many bytes: {panel.copy_us:.1f}",
         fontsize=8.5,
         color=FAINT_COLOR,
         va="top",
     )
-    axes.set_ylim(len(found) - 0.05, -0.6)
+    if panel.title:
+        axes.set_title(panel.title, fontsize=9.5, loc="left", color=FAINT_COLOR)
+    axes.set_ylim(len(panel.bars) - 0.05, -0.6)
     axes.set_xlim(0, longest * 1.07)
     axes.set_axis_off()
-    top = figure.get_figheight()
-    figure.text(0.02, 1 - 0.34 / top, "Time per image, in µs", fontsize=14, fontweight="bold")
-    figure.text(
-        0.02,
-        1 - 0.62 / top,
-        f"{work(results)}, ImageNet statistics; {machine(results)}",
-        fontsize=9.5,
-        color=FAINT_COLOR,
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Software": None, "Source": source})
-    plt.close(figure)
 
 
 def drawn_from(path: Path) -> str | None:
@@ -209,32 +418,56 @@ def drawn_from(path: Path) -> str | None:
     return source if isinstance(source, str) else None
 
 
+# ---- all together --------------------------------------------------------------------------------
+
+REPORTS = (
+    Report("normalize_cpu.json", normalize_section, draw_normalize),
+    Report("collate_cpu.json", collate_section, draw_collate),
+    Report("loader_cpu.json", loader_section, draw_loader),
+)
+
+
+def with_block(readme: str, block: str) -> str:
+    """The README with a new block between the marks."""
+    if readme.count(START) != 1 or readme.count(END) != 1:
+        raise SystemExit(f"README.md: expected one {START} and one {END}")
+    head, _, rest = readme.partition(START)
+    _, _, tail = rest.partition(END)
+    return f"{head}{START}\n{block}\n{END}{tail}"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="change nothing; fail on a difference")
-    parser.add_argument("--results", type=Path, default=RESULTS / "normalize_cpu.json")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     options = parser.parse_args(argv)
 
-    text = options.results.read_text()
-    results = json.loads(text)
-    chart = options.results.with_suffix(".png").resolve()
-    shown = chart.relative_to(ROOT).as_posix() if chart.is_relative_to(ROOT) else chart.name
-    source = hashlib.sha256(text.encode()).hexdigest()
+    sections, problems = [], []
+    for report in REPORTS:
+        path = options.results / report.file
+        text = path.read_text()
+        results = json.loads(text)
+        source = hashlib.sha256(text.encode()).hexdigest()
+        chart = path.with_suffix(".png").resolve()
+        shown = chart.relative_to(ROOT).as_posix() if chart.is_relative_to(ROOT) else chart.name
+        sections.append("\n".join(report.section(results, shown)))
+        if not options.check:
+            report.draw(results, chart, source)
+            print(f"drew {shown}")
+        elif drawn_from(chart) != source:
+            problems.append(f"{chart.name} was not drawn from this {report.file}")
+
     readme = options.readme.read_text()
-    wanted = with_block(readme, readme_block(results, shown))
+    wanted = with_block(readme, "\n\n".join(sections))
     if options.check:
-        problems = []
         if readme != wanted:
-            problems.append(f"{options.readme.name} differs from {options.results.name}")
-        if drawn_from(chart) != source:
-            problems.append(f"{chart.name} was not drawn from this {options.results.name}")
+            problems.append(f"{options.readme.name} differs from the results")
         for problem in problems:
             print(f"{problem}; run python -m benchmarks.plot", file=sys.stderr)
         return 1 if problems else 0
-    draw(results, chart, source)
     options.readme.write_text(wanted)
-    print(f"drew {shown}, rewrote {options.readme.name}")
+    print(f"rewrote {options.readme.name}")
     return 0
 
 

@@ -576,6 +576,7 @@ def test_an_error_names_the_sample(workers: int) -> None:
     with pytest.raises(ValueError, match=r"expected the window of images\[5\] inside its 4 x 4"):
         next(batches)
     next(batches)  # the worker goes on
+    assert next(batches, None) is None
     del batches
     gc.collect()
     assert shared_mappings() == 0

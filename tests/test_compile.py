@@ -213,6 +213,130 @@ def test_fake_tensors_are_like_real_ones(layout: str) -> None:
                     assert fake.device == expected.device
 
 
+# --- crop_mirror_normalize ---
+
+
+CropArgs = tuple[list[torch.Tensor], torch.Tensor, int]
+
+
+def crop_operands() -> dict[str, CropArgs]:
+    placements = torch.tensor([[0, 1, 0, 0], [2, 0, 1, 0], [-3, -1, 0, 1], [30, 0, 1, 1]])
+    return {
+        "batch": ([random_bytes(4, 3, 6, 7)], placements, 3),
+        "images": ([random_bytes(3, 5 + n, 9 - n) for n in range(4)], placements, 3),
+        "both": ([random_bytes(1, 6, 7), random_bytes(3, 4, 6, 7)], placements, 4),
+    }
+
+
+@pytest.mark.parametrize("memory_format", FORMATS[:2])
+@pytest.mark.parametrize("return_mask", [False, True])
+@pytest.mark.parametrize("operand", crop_operands())
+def test_opcheck_crop(operand: str, return_mask: bool, memory_format: torch.memory_format) -> None:
+    images, placements, channels = crop_operands()[operand]
+    for dtype, rounding in ((0, 0), (1, 4), (2, 1), (3, 0)):
+        constants = ([0.1], [0.5], rounding, [7.0], False)
+        options = (dtype, MEMORY_FORMAT_CODES[memory_format], return_mask)
+        args = (images, placements, channels, 4, 5, *constants, *options)
+        torch.library.opcheck(torch.ops.pixfuse.crop_mirror_normalize.default, args)
+        out, mask = torch.ops.pixfuse.crop_mirror_normalize(*args)
+        torch.library.opcheck(
+            torch.ops.pixfuse.crop_mirror_normalize_out.default,
+            (images, placements, channels, *constants, out, mask if return_mask else None),
+        )
+
+
+def test_opcheck_empty_output() -> None:
+    for code in range(4):
+        torch.library.opcheck(
+            torch.ops.pixfuse.empty_output.default,
+            ((4, 3, 5, 4), (60, 1, 12, 3), code),
+            # Not the others, which compare what nobody has written yet.
+            test_utils=("test_schema", "test_faketensor"),
+        )
+
+
+def test_random_crops_do_not_compile_again() -> None:
+    def function(images: torch.Tensor, anchor: torch.Tensor, mirror: torch.Tensor) -> torch.Tensor:
+        return pixfuse.crop_mirror_normalize(  # type: ignore[no-any-return]
+            images, (5, 4), pixfuse.IMAGENET, anchor=anchor, mirror=mirror
+        )
+
+    run, counter = compiled(function)
+    images = random_bytes(4, 3, 9, 8)
+    for _ in range(5):
+        args = (images, torch.rand(4, 2), torch.rand(4) < 0.5)
+        assert_same_bits(run(*args), function(*args))
+    assert counter.frame_count == 1
+
+
+CROPS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "square": {"size": 4},
+    "larger": {"size": (20, 30), "out_of_bounds": "pad", "fill": 3.5, "fill_space": "output"},
+    "corner": {"size": (3, 5), "top": 1, "left": 2},
+    "corners": {"size": (3, 5), "top": [1, 2], "left": torch.tensor([0, 1]), "flip": True},
+    "anchors": {"size": (3, 5), "anchor": [(0.1, 0.9), (1, 0)], "mirror": [True, False]},
+    "mask": {"size": 12, "return_mask": True, "out_of_bounds": "pad"},
+    "bytes": {"size": 4, "dtype": torch.uint8, "memory_format": torch.channels_last},
+}
+
+
+@pytest.mark.parametrize("case", CROPS)
+def test_every_option_of_a_crop_compiles(case: str) -> None:
+    def function(images: Any) -> Any:
+        return pixfuse.crop_mirror_normalize(images, normalization=pixfuse.CLIP, **CROPS[case])
+
+    run, counter = compiled(function)
+    batch = random_bytes(2, 3, 8, 9)
+    for images in (batch, list(batch)):
+        for ours, expected in zip(
+            torch.utils._pytree.tree_leaves(run(images)),
+            torch.utils._pytree.tree_leaves(function(images)),
+            strict=True,
+        ):
+            assert_same_bits(ours, expected)
+    assert counter.frame_count == 2
+
+
+def test_a_crop_into_out() -> None:
+    def function(images: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        return pixfuse.crop_mirror_normalize(images, 4, out=out) + 1  # type: ignore[no-any-return]
+
+    run, _ = compiled(function)
+    images, out = random_bytes(2, 3, 8, 9), torch.full((2, 3, 4, 4), 7.0)
+    expected = pixfuse.crop_mirror_normalize(images, 4)
+    assert_same_bits(run(images, out), expected + 1)
+    assert_same_bits(out, expected)
+
+
+def test_one_graph_crops_every_shape() -> None:
+    def function(images: torch.Tensor) -> torch.Tensor:
+        return pixfuse.crop_mirror_normalize(images, 4, pixfuse.CLIP) * 2  # type: ignore[no-any-return]
+
+    run, counter = compiled(function, dynamic=True)
+    run(random_bytes(5, 3, 9, 6))
+    compilations = counter.frame_count
+    for shape in ((4, 3, 8, 9), (2, 3, 31, 17), (7, 3, 5, 64)):
+        images = random_bytes(*shape)
+        assert_same_bits(run(images), function(images))
+    assert counter.frame_count == compilations
+
+
+def test_a_compiled_crop_outside_is_an_error() -> None:
+    """By the whole compiler, which puts the check into its code."""
+
+    def function(images: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
+        return pixfuse.crop_mirror_normalize(  # type: ignore[no-any-return]
+            images, 4, pixfuse.CLIP, top=top, left=top
+        )
+
+    run = torch.compile(function, fullgraph=True)
+    images, top = random_bytes(4, 3, 8, 9), torch.arange(4)
+    assert_same_bits(run(images, top), function(images, top))
+    with pytest.raises(RuntimeError, match="expected every window inside its image"):
+        run(images, top + 3)
+
+
 # --- modes of torch ---
 
 
@@ -235,6 +359,27 @@ def test_modes_change_nothing(mode: Any) -> None:
         ours = pixfuse.normalize(images, pixfuse.CLIP)
         pixfuse.normalize(images, pixfuse.CLIP, out=out)
     assert_same_bits(ours, expected)
+    assert_same_bits(out, expected)
+    assert not ours.requires_grad
+
+
+@pytest.mark.parametrize("kind", ["list", "batch"])
+@pytest.mark.parametrize(
+    "mode",
+    [torch.inference_mode, torch.no_grad, lambda: torch.device("meta")],
+    ids=["inference_mode", "no_grad", "default_device"],
+)
+def test_modes_change_no_crop(mode: Any, kind: str) -> None:
+    batch = random_bytes(2, 3, 8, 9)
+    images: Any = batch if kind == "batch" else list(batch.numpy().transpose(0, 2, 3, 1))
+    options: dict[str, Any] = {"size": 5, "mirror": [True, False], "return_mask": True}
+    expected, mask = pixfuse.crop_mirror_normalize(images, **options)
+    out = torch.empty_like(expected)
+    with mode():
+        ours, our_mask = pixfuse.crop_mirror_normalize(images, **options)
+        pixfuse.crop_mirror_normalize(images, out=out, **options)
+    assert_same_bits(ours, expected)
+    assert_same_bits(our_mask, mask)
     assert_same_bits(out, expected)
     assert not ours.requires_grad
 
@@ -267,3 +412,20 @@ def test_out_counts_as_modified() -> None:
     pixfuse.normalize(random_bytes(2, 3, 8, 9), pixfuse.CLIP, out=out)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         total.backward()
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("operand", OPERANDS)
+def test_fake_of_normalize_pinned(operand: str, memory_format: torch.memory_format) -> None:
+    """A tensor on the GPU from one on the CPU, laid out as that of normalize; needs no GPU."""
+    mean, std, code = [0.1, 0.2, 0.3], [0.5, 0.6, 0.7], MEMORY_FORMAT_CODES[memory_format]
+    images = OPERANDS[operand]()
+    expected = torch.ops.pixfuse.normalize(images, mean, std, 0, 0, 2, code)
+    with FakeTensorMode() as mode:
+        fake = torch.ops.pixfuse.normalize_pinned(
+            mode.from_tensor(images), mean, std, 0, 0, 2, code, 1
+        )
+    assert fake.device == torch.device("cuda", 1)
+    assert fake.dtype == expected.dtype
+    assert fake.shape == expected.shape
+    assert fake.stride() == expected.stride()

@@ -7,7 +7,9 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -164,3 +166,68 @@ def test_fork_while_threads_normalize() -> None:
             stop.set()
         for finished in working:
             finished.result()
+
+
+# --- crop_mirror_normalize ---
+
+
+def samples_of(number: int) -> list[np.ndarray]:
+    generator = np.random.default_rng(number)
+    return [
+        generator.integers(0, 256, (70 + 3 * n, 90 - 2 * n, 3), np.uint8) for n in range(4 + number)
+    ]
+
+
+def test_many_threads_crop_at_once() -> None:
+    jobs = []
+    for number in range(6):
+        images = samples_of(number)
+        options: dict[str, Any] = {
+            "mirror": [n % 2 == 0 for n in range(len(images))],
+            "dtype": DTYPES[number % 3],
+        }
+        expected: Any = pixfuse.reference.crop_mirror_normalize(images, 48, pixfuse.CLIP, **options)
+        jobs.append((images, options, expected))
+    start = threading.Barrier(8)
+
+    def work(first: int) -> None:
+        start.wait()
+        for turn in range(30):
+            images, options, expected = jobs[(first + turn) % len(jobs)]
+            assert_same_bits(
+                pixfuse.crop_mirror_normalize(images, 48, pixfuse.CLIP, **options), expected
+            )
+
+    with ThreadPoolExecutor(8) as pool:
+        for finished in [pool.submit(work, number) for number in range(8)]:
+            finished.result()
+
+
+class Samples(Dataset[np.ndarray]):
+    """Images of different sizes."""
+
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return samples_of(index)[0]
+
+
+def crop_batch(samples: list[np.ndarray]) -> torch.Tensor:
+    return pixfuse.crop_mirror_normalize(samples, 64, pixfuse.IMAGENET)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_crop(method: str) -> None:
+    crop_batch(samples_of(3))  # the parent has threads
+    loader = DataLoader(
+        Samples(),
+        batch_size=4,
+        collate_fn=crop_batch,
+        num_workers=2,
+        multiprocessing_context=method,
+    )
+    for number, batch in enumerate(loader):
+        images = [Samples()[index] for index in range(4 * number, 4 * number + 4)]
+        expected: Any = pixfuse.reference.crop_mirror_normalize(images, 64, pixfuse.IMAGENET)
+        assert_same_bits(batch, expected)

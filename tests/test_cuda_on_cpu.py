@@ -6,18 +6,23 @@ planted in the kernels that it must find.
 
 import ctypes
 import importlib.metadata
+import math
 import os
 import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import pixfuse
+from pixfuse._image_input import read_images
+from pixfuse._library import ELEMENT_CODES, dense_strides
+from pixfuse._placement import placements_of
 from pixfuse.normalization import ROUNDING_CODES, Rounding
 from tests.bits import assert_same_bits
 from tests.cuda_on_cpu import toolchain
@@ -37,20 +42,33 @@ from tests.cuda_on_cpu.toolchain import (
 )
 from tests.images import LAYOUTS, all_values
 from tests.normalizations import DTYPES, EXTREMES, PRESETS, ROUNDINGS, made_up, with_rounding
+from tests.samples import SAMPLES as IMAGES_OF_EVERY_KIND
 
 ORDERS = ("forward", "reverse", "random")
 WRONG_VALUE = "wrong value"
 
 SAMPLES = Kernel(HERE / "sample_kernels.cu")
-NORMALIZE = Kernel(CSRC / "normalize" / "normalize_cuda.cu")
+TILE = CSRC / "normalize" / "normalize_tile.h"  # what the two kernels share
+NORMALIZE = Kernel(CSRC / "normalize" / "normalize_cuda.cu", header=TILE)
+CROP_MIRROR_NORMALIZE = Kernel(
+    CSRC / "crop_mirror_normalize" / "crop_mirror_normalize_cuda.cu", header=TILE
+)
 
 
 def samples(flavor: Flavor) -> Program:
     return Program(SAMPLES, ("test_samples.cpp",), flavor)
 
 
-def normalize(flavor: Flavor) -> Program:
-    return Program(NORMALIZE, ("test_normalize.cpp",), flavor)
+def normalize(flavor: Flavor, kernel: Kernel = NORMALIZE) -> Program:
+    return Program(kernel, ("test_normalize.cpp",), flavor)
+
+
+def crop_mirror_normalize(flavor: Flavor, kernel: Kernel = CROP_MIRROR_NORMALIZE) -> Program:
+    return Program(kernel, ("test_crop_mirror_normalize.cpp",), flavor)
+
+
+def crop_mirror_normalize_library(kernel: Kernel = CROP_MIRROR_NORMALIZE) -> Program:
+    return Program(kernel, ("crop_mirror_normalize_library.cpp",), LIBRARY)
 
 
 def normalize_library(kernel: Kernel = NORMALIZE) -> Program:
@@ -67,11 +85,14 @@ class Planted:
     flavor: Flavor
     run: str  # what the test program is asked to do
     found_as: str  # what it says then
+    kernel: Kernel = NORMALIZE
 
     @property
     def program(self) -> Program:
-        kernel = Kernel(NORMALIZE.path, ((self.old, self.new),))
-        return Program(kernel, ("test_normalize.cpp",), self.flavor)
+        replacements = ((self.old, self.new), *self.kernel.replacements)
+        kernel = replace(self.kernel, replacements=replacements)
+        is_normalize = self.kernel.path == NORMALIZE.path
+        return (normalize if is_normalize else crop_mirror_normalize)(self.flavor, kernel)
 
 
 def programs_needed(items: list[pytest.Item]) -> Iterator[Program]:
@@ -81,6 +102,8 @@ def programs_needed(items: list[pytest.Item]) -> Iterator[Program]:
             continue
         if "normalize_on_cpu" in item.fixturenames:
             yield normalize_library()
+        if "crop_on_cpu" in item.fixturenames:
+            yield crop_mirror_normalize_library()
         parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
         for value in parameters:
             if isinstance(value, Planted):
@@ -298,8 +321,8 @@ PLANTED = (
     ),
     Planted(
         "too_little_shared_memory",
-        "return run_count * tile.run_pitch;",
-        "return run_count * tile.run_pitch - 16;",
+        "return run_count * run_pitch(pixels);",
+        "return run_count * run_pitch(pixels) - 16;",
         SANITIZED,
         "shapes",
         "heap-buffer-overflow|store to null pointer",
@@ -338,32 +361,32 @@ PLANTED = (
     ),
     Planted(
         "uninitialized_constant",
-        "if (threadIdx.x < channels) steps[threadIdx.x]",
-        "if (threadIdx.x + 1 < channels) steps[threadIdx.x]",
+        "if (threadIdx.x < channels) {",
+        "if (threadIdx.x + 1 < channels) {",
         VALUES,
         "values",
         WRONG_VALUE,
     ),
     Planted(
         "blocks_that_overlap",
-        "const int pixels = smaller(tile.tile_pixels, tile.width - pixel0);",
-        "const int pixels = smaller(tile.tile_pixels + 1, tile.width - pixel0);",
+        "pixels = smaller(p.shape.pixels, p.width - pixel0);",
+        "pixels = smaller(p.shape.pixels + 1, p.width - pixel0);",
         RACE,
         "few",
         "race on global memory",
     ),
     Planted(
         "offset_of_32_bits",
-        "tile.images + n * tile.image_strides[0] +",
-        "tile.images + static_cast<int>(n * tile.image_strides[0]) +",
+        "parameters.images + offset(parameters.image_strides)",
+        "parameters.images + static_cast<int>(offset(parameters.image_strides))",
         VALUES,
         "far",
         WRONG_VALUE,
     ),
     Planted(
         "output_offset_of_32_bits",
-        "channel * tile.output_strides[1] +",
-        "static_cast<int>(channel * tile.output_strides[1]) +",
+        "offset(parameters.output_strides)};",
+        "static_cast<int>(offset(parameters.output_strides))};",
         VALUES,
         "far",
         WRONG_VALUE,
@@ -379,7 +402,7 @@ PLANTED = (
     Planted(
         "contraction",
         "__fsub_rn(scaled, mean)",
-        "__fmaf_rn(static_cast<float>(x), tile.scale, -mean)",
+        "__fmaf_rn(static_cast<float>(x), launch.scale, -mean)",
         VALUES,
         "values",
         WRONG_VALUE,
@@ -421,6 +444,241 @@ PLANTED = (
 
 @pytest.mark.parametrize("planted", PLANTED, ids=lambda planted: planted.name)
 def test_bug_in_normalize_is_found(builds: Toolchain, planted: Planted) -> None:
+    assert_finds(run(builds.build(planted.program), planted.run), planted.found_as)
+
+
+def test_header_to_replace_text_in_must_be_included_once() -> None:
+    assert "struct Tile {" in NORMALIZE.text()
+    with pytest.raises(ValueError, match="expected one line #include"):
+        replace(SAMPLES, header=TILE).text()
+
+
+# --- crop_mirror_normalize ---
+
+
+@pytest.mark.parametrize("what", ["values", "shapes", "far"])
+@pytest.mark.parametrize("program", [crop_mirror_normalize(VALUES)], ids=str)
+def test_crop_mirror_normalize(builds: Toolchain, program: Program, what: str) -> None:
+    assert_passes(run(builds.build(program), what))
+
+
+@pytest.mark.parametrize("what", ["values", "shapes", "far"])
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("program", [crop_mirror_normalize(SANITIZED)], ids=str)
+def test_crop_mirror_normalize_sanitized(
+    builds: Toolchain, program: Program, order: str, what: str
+) -> None:
+    assert_passes(run(builds.build(program), what, order=order))
+
+
+@pytest.mark.parametrize("what", ["values", "shapes"])
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("program", [crop_mirror_normalize(RACE)], ids=str)
+def test_crop_mirror_normalize_has_no_races(
+    builds: Toolchain, program: Program, order: str, what: str
+) -> None:
+    result = run(builds.build(program), what, order=order)
+    assert_passes(result)
+    checked = re.search(r"race checker: (\d+) bytes checked", result.stderr)
+    assert checked
+    assert int(checked[1]) > 1_000_000
+
+
+# With one size of parameters there are half as many kernels to compile.
+CHEAPER = replace(
+    CROP_MIRROR_NORMALIZE,
+    replacements=(("constexpr int kManyImages = 640;", "constexpr int kManyImages = kFewImages;"),),
+)
+
+
+def planted(name: str, old: str, new: str, flavor: Flavor, run: str, found_as: str) -> Planted:
+    return Planted(name, old, new, flavor, run, found_as, CHEAPER)
+
+
+PLANTED_IN_CROP_MIRROR_NORMALIZE = (
+    planted(
+        "mirrored_run_starts_at_its_end",
+        "run_start = smaller(0, (end_pixel - first_pixel - 1) * pixel_step) +",
+        "run_start =",
+        VALUES,
+        "values",
+        WRONG_VALUE,
+    ),
+    planted(
+        "channels_backwards_start_at_the_end",
+        "smaller(0, (p.launch.channels - 1) * channel_step);",
+        "0;",
+        VALUES,
+        "values",
+        WRONG_VALUE,
+    ),
+    planted(
+        "rows_below_the_image",
+        "end_row = between(first_row, top + image.height, rows);",
+        "end_row = rows;",
+        SANITIZED,
+        "shapes",
+        "heap-buffer-overflow|null pointer",
+    ),
+    planted(
+        "pixels_right_of_the_image",
+        "end_pixel = between(first_pixel, left + image.width, pixels);",
+        "end_pixel = pixels;",
+        VALUES,
+        "shapes",
+        "elements of the mask differ",
+    ),
+    planted(
+        "tile_without_pixels_of_the_image",
+        "if (first_pixel == end_pixel) {",
+        "if (false) {",
+        SANITIZED,
+        "shapes",
+        "division by zero",
+    ),
+    planted(
+        "vector_that_ends_in_the_fill",
+        "&& pixel_inside(pixel_of(first + kVector - 1))",
+        "",
+        VALUES,
+        "shapes",
+        WRONG_VALUE,
+    ),
+    planted(
+        "vector_that_begins_in_the_fill",
+        "if (pixel_inside(pixel_of(first)) &&",
+        "if (",
+        VALUES,
+        "shapes",
+        WRONG_VALUE,
+    ),
+    planted(
+        "fill_of_another_channel",
+        "convert(fill[channel], result);",
+        "convert(fill[0], result);",
+        VALUES,
+        "shapes",
+        WRONG_VALUE,
+    ),
+    planted(
+        "fill_of_another_launch",
+        "p.fill[c] = args.fill[first_channel + c];",
+        "p.fill[c] = args.fill[c];",
+        VALUES,
+        "shapes",
+        WRONG_VALUE,
+    ),
+    planted(
+        "channels_of_another_launch",
+        "image.pixels += first_channel * image.channel_stride;",
+        "",
+        VALUES,
+        "shapes",
+        WRONG_VALUE,
+    ),
+    planted(
+        "images_of_another_launch",
+        "part.images += n;",
+        "",
+        VALUES,
+        "shapes",
+        WRONG_VALUE,
+    ),
+    planted(
+        "output_of_another_launch",
+        "part.output = static_cast<T*>(args.output) + n * args.output_strides[0];",
+        "",
+        VALUES,
+        "shapes",
+        WRONG_VALUE,
+    ),
+    planted(
+        "mask_of_another_launch",
+        "if (args.mask != nullptr) part.mask += n * args.sizes[2] * args.sizes[3];",
+        "",
+        VALUES,
+        "shapes",
+        "elements of the mask differ",
+    ),
+    planted(
+        "mask_without_an_end",
+        "static_cast<uint8_t>(inside && pixel >= tile.first_pixel && pixel < tile.end_pixel)",
+        "static_cast<uint8_t>(inside && pixel >= tile.first_pixel)",
+        VALUES,
+        "shapes",
+        "elements of the mask differ",
+    ),
+    planted(
+        "mask_past_the_end",
+        "if (first < 0 || first + kChunkBytes > tile.pixels) {",
+        "if (first < 0) {",
+        VALUES,
+        "shapes",
+        "the mask's end was written over",
+    ),
+    planted(
+        "misaligned_mask",
+        "const int first = walk.chunk * kChunkBytes - offset_in_chunk(target);",
+        "const int first = walk.chunk * kChunkBytes;",
+        SANITIZED,
+        "shapes",
+        "misaligned address",
+    ),
+    planted(
+        "shared_memory_of_the_last_image",
+        "if (needed > shared_bytes) shared_bytes = needed;",
+        "shared_bytes = needed;",
+        SANITIZED,
+        "shapes",
+        "heap-buffer-overflow|store to null pointer",
+    ),
+    planted(
+        "rows_with_gaps_as_one",
+        "image.row_stride != image.pixel_stride * width) {",
+        "false) {",
+        VALUES,
+        "shapes",
+        WRONG_VALUE,
+    ),
+    planted(
+        "row_offset_of_32_bits",
+        "(row0 + row - image.top) * image.row_stride +",
+        "static_cast<int>((row0 + row - image.top) * image.row_stride) +",
+        VALUES,
+        "far",
+        WRONG_VALUE,
+    ),
+    planted(
+        "pixel_offset_of_32_bits",
+        "walk.chunk * tile.pixel_stride()",
+        "static_cast<int>(walk.chunk * tile.pixel_stride())",
+        VALUES,
+        "far",
+        WRONG_VALUE,
+    ),
+    planted(
+        "tiles_that_overlap",
+        "pixels = smaller(p.shape.pixels, p.width - pixel0);",
+        "pixels = smaller(p.shape.pixels + 1, p.width - pixel0);",
+        RACE,
+        "few",
+        "race on global memory",
+    ),
+    planted(
+        "no_barrier_after_staging_a_crop",
+        "__syncthreads(); // Convert, in the order of the output.",
+        "",
+        RACE,
+        "few",
+        "race on shared memory|uninitialized shared memory",
+    ),
+)
+
+
+@pytest.mark.parametrize(
+    "planted", PLANTED_IN_CROP_MIRROR_NORMALIZE, ids=lambda planted: planted.name
+)
+def test_bug_in_crop_mirror_normalize_is_found(builds: Toolchain, planted: Planted) -> None:
     assert_finds(run(builds.build(planted.program), planted.run), planted.found_as)
 
 
@@ -515,9 +773,11 @@ def test_every_layout_equals_reference(normalize_on_cpu: Normalize, layout: str)
     "program",
     [
         normalize_library(
-            Kernel(
-                NORMALIZE.path,
-                (("result = __float2half_rn(value)", "result = __float2half_rz(value)"),),
+            replace(
+                NORMALIZE,
+                replacements=(
+                    ("result = __float2half_rn(value)", "result = __float2half_rz(value)"),
+                ),
             )
         )
     ],
@@ -529,3 +789,118 @@ def test_comparison_with_reference_can_fail(builds: Toolchain, program: Program)
     assert_equals_reference(wrong, all_values(3), normalization, torch.float32)
     with pytest.raises(AssertionError, match="elements differ"):
         assert_equals_reference(wrong, all_values(3), normalization, torch.float16)
+
+
+# --- crop_mirror_normalize, called from Python ---
+
+Crop = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+
+def load_crop(library: Path) -> Crop:
+    function = ctypes.CDLL(str(library)).crop_mirror_normalize_cuda_on_cpu
+
+    def described(image: Any) -> tuple[int, ...]:
+        """Address, sizes and strides of an array or a tensor, as rows, pixels, channels."""
+        array = image.permute(1, 2, 0).numpy() if isinstance(image, torch.Tensor) else image
+        return (array.__array_interface__["data"][0], *array.shape, *array.strides)
+
+    def call(
+        images: list[Any],
+        size: tuple[int, int],
+        normalization: pixfuse.Normalization,
+        *,
+        fill: tuple[float, ...],
+        fill_space: str,
+        dtype: torch.dtype,
+        memory_format: torch.memory_format,
+        **placing: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        shape = (len(images), len(normalization.mean), *size)
+        channels_last = memory_format == torch.channels_last
+        strides = dense_strides(shape, channels_last)
+        out = torch.full((math.prod(shape),), 77, dtype=dtype).as_strided(shape, strides)
+        mask = torch.full((len(images), *size), True)
+        whole = {"anchor": (0.5, 0.5), "top": None, "left": None, **placing}
+        placements = placements_of(read_images(images), size, **whole)
+        rows = torch.tensor([described(image) for image in images])
+        per_channel = ctypes.c_double * shape[1]
+        error = function(
+            ctypes.c_void_p(rows.data_ptr()),
+            ctypes.c_void_p(placements.data_ptr()),
+            (ctypes.c_int64 * 4)(*shape),
+            (ctypes.c_int64 * 4)(*strides),
+            per_channel(*normalization.mean),
+            per_channel(*normalization.std),
+            ctypes.c_int32(normalization.rounding_code),
+            per_channel(*fill),
+            ctypes.c_bool(fill_space == "output"),
+            ctypes.c_int32(ELEMENT_CODES[dtype]),
+            ctypes.c_void_p(out.data_ptr()),
+            ctypes.c_void_p(mask.data_ptr()),
+        )
+        assert error == 0, f"CUDA error {error}"
+        return out, mask
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def crop_on_cpu(builds: Toolchain) -> Crop:
+    return load_crop(builds.build(crop_mirror_normalize_library()))
+
+
+def assert_crops_equal_reference(
+    crop: Crop, rounding: Rounding, dtype: torch.dtype, memory_format: torch.memory_format
+) -> None:
+    """Images of every kind in one batch, windows that leave them, both units of the fill."""
+    images = [
+        make(3, 11 + n % 19, 38 - n % 23) for n, make in enumerate(IMAGES_OF_EVERY_KIND.values())
+    ]
+    count = len(images)
+    for fill_space in ("input",) if dtype == torch.uint8 else ("input", "output"):
+        options: dict[str, Any] = {
+            "mirror": [n % 2 == 1 for n in range(count)],
+            "flip": [n % 3 == 1 for n in range(count)],
+            "out_of_bounds": "pad",
+            "fill": (3.0, 200.0, 77.0),
+            "fill_space": fill_space,
+            "dtype": dtype,
+            "memory_format": memory_format,
+        }
+        normalization = made_up(3, rounding)
+        result, mask = crop(images, (20, 27), normalization, **options)
+        expected, expected_mask = pixfuse.reference.crop_mirror_normalize(
+            images, (20, 27), normalization, return_mask=True, **options
+        )
+        assert_same_bits(result, expected)
+        assert_same_bits(mask, expected_mask)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.uint8])
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_crops_equal_reference(
+    crop_on_cpu: Crop, rounding: Rounding, dtype: torch.dtype, memory_format: torch.memory_format
+) -> None:
+    assert_crops_equal_reference(crop_on_cpu, rounding, dtype, memory_format)
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        crop_mirror_normalize_library(
+            replace(
+                CHEAPER,
+                replacements=(
+                    *CHEAPER.replacements,
+                    ("p.fill[c] = args.fill[first_channel + c];", "p.fill[c] = args.fill[0];"),
+                ),
+            )
+        )
+    ],
+    ids=["one_fill_for_all"],
+)
+def test_comparison_of_crops_with_reference_can_fail(builds: Toolchain, program: Program) -> None:
+    wrong = load_crop(builds.build(program))
+    with pytest.raises(AssertionError, match="elements differ"):
+        assert_crops_equal_reference(wrong, "torchvision", torch.float32, torch.channels_last)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import pixfuse
@@ -914,3 +915,48 @@ def test_a_consumer_on_another_stream() -> None:
     assert iterator._line.kept[0] is labels  # type: ignore[attr-defined]
     assert iterator._line.kept[1] is other  # type: ignore[attr-defined]
     assert any(isinstance(work, gpu_model.Event) for work in other.queue)
+
+
+# --- the steps themselves, on tensors without memory ---
+
+
+class FakeLine(loader_module._CudaLine):
+    """Streams of the model, memory of the real thing: devices, shapes and strides are checked."""
+
+    def _is_pinned(self, source: torch.Tensor) -> bool:
+        return True  # pinning needs a GPU
+
+    def _copy(self, source: torch.Tensor, result: torch.Tensor) -> None:
+        assert (source.shape, source.stride()) == (result.shape, result.stride())
+
+    def _keep_for(self, result: torch.Tensor, stream: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("transfer", ["copy", "direct"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.preserve_format])
+def test_the_steps_on_fake_tensors(
+    monkeypatch: pytest.MonkeyPatch, transfer: Any, memory_format: torch.memory_format
+) -> None:
+    monkeypatch.setattr("pixfuse.functional.CUDA_LOADED", True)
+    monkeypatch.setattr("pixfuse.functional.share_memory", lambda a, b: False)  # no addresses
+    owner = pixfuse.DeviceLoader(
+        [],
+        "cpu",
+        pixfuse.IMAGENET,
+        input_layout="NHWC",
+        dtype=torch.bfloat16,
+        memory_format=memory_format,
+    )
+    owner.device, owner.transfer = torch.device("cuda"), transfer
+    monkeypatch.setattr(FakeLine, "cuda", gpu_model.Gpu(0))
+    line = FakeLine(owner)
+    images, labels = random_bytes(2, 8, 9, 3), torch.arange(2)
+    with FakeTensorMode() as mode:
+        monkeypatch.setattr(loader_module, "_is_plain", lambda value: value.dtype == torch.int64)
+        batch = (mode.from_tensor(images), mode.from_tensor(labels))
+        x, y = line.deliver(line.run(line.prepare(batch)))
+    expected = pixfuse.normalize(images, input_layout="NHWC", memory_format=memory_format)
+    assert (x.device, x.dtype) == (torch.device("cuda", 0), torch.bfloat16)
+    assert (x.shape, x.stride()) == (expected.shape, expected.stride())
+    assert (y.device, y.dtype, y.shape) == (torch.device("cuda", 0), torch.int64, (2,))

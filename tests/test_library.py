@@ -96,6 +96,23 @@ def test_nothing_of_ours_is_visible_to_other_libraries(library: Path) -> None:
     assert "pixfuse::" not in listing
 
 
+@needs_binutils
+def test_the_module_of_images_knows_no_torch() -> None:
+    """It finds the CPU library beside it, and calls one C function of it."""
+    library = Path(pixfuse._images.__file__)
+    dynamic = subprocess.run(
+        ["readelf", "--dynamic", "--wide", str(library)], check=True, capture_output=True, text=True
+    ).stdout
+    needed = set(re.findall(r"\(NEEDED\).*\[(.*?)\]", dynamic))
+    assert "_cpu.so" in needed
+    assert not any("torch" in name or "python" in name for name in needed)
+    assert re.findall(r"R(?:UN)?PATH\).*\[(.*?)\]", dynamic) == ["$ORIGIN"]
+    undefined = undefined_symbols(library)
+    assert not any("torch" in symbol for symbol in undefined)
+    ours = [symbol for symbol in undefined if "pixfuse" in symbol]
+    assert ours == ["pixfuse_crop_mirror_normalize"]
+
+
 # --- info ---
 
 

@@ -3,9 +3,10 @@
 # runs compute-sanitizer on a short case, and measures. Needs no network.
 #
 #   benchmarks/gpu/run.sh          everything
-#   benchmarks/gpu/run.sh STEP     one of machine, build, memcheck, racecheck, benchmark, tests
+#   benchmarks/gpu/run.sh STEP     one of machine, build, memcheck, racecheck, benchmark, crops,
+#                                  tests
 #
-# OUT     where the logs and normalize_cuda.json go (default: build/gpu)
+# OUT     where the logs and the measured *_cuda.json go (default: build/gpu)
 # PYTHON  the interpreter that has torch with CUDA (default: python3)
 # BUDGET  seconds for everything (default: 570)
 #
@@ -82,6 +83,11 @@ measure() {
     --output "$OUT/normalize_cuda.json"
 }
 
+measure_crops() {
+  "$PYTHON" -m benchmarks.bench_crop_mirror_normalize_cuda --time-limit 50 \
+    --output "$OUT/crop_mirror_normalize_cuda.json"
+}
+
 run_tests() {
   local workers=()
   if "$PYTHON" -c 'import xdist' 2>/dev/null; then workers=(-n 8); fi
@@ -96,6 +102,7 @@ case "${1:-}" in
   build) build; exit ;;
   memcheck | racecheck) sanitize "$1"; exit ;;
   benchmark) measure; exit ;;
+  crops) measure_crops; exit ;;
   tests) run_tests; exit ;;
   *) sed -n '2,/^set /{/^#/p}' "$SELF" >&2; exit 2 ;;
 esac
@@ -136,9 +143,10 @@ if step build 200; then
   step memcheck 60
   step racecheck 60
   step benchmark 180
+  step crops 80
   step tests 300 # last: whatever time is left
 else
-  summary+=("NOT RUN  memcheck, racecheck, benchmark, tests: pixfuse was not built")
+  summary+=("NOT RUN  memcheck, racecheck, benchmark, crops, tests: pixfuse was not built")
 fi
 
 printf '%s\n' "" "Summary after $SECONDS s:" "${summary[@]}" | tee "$OUT/summary.log"

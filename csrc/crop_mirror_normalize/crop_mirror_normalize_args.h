@@ -146,6 +146,15 @@ struct CropMirrorNormalizeCall {
       check(!written.overlaps(span_of(sources_[n])), kCropMirrorNormalize,
             "out to share no memory with images, got an overlap with images[", n, "]");
     }
+    if (mask == nullptr) return;
+    const auto mask_begin = reinterpret_cast<uintptr_t>(mask);
+    const auto mask_bytes = static_cast<uintptr_t>(elements / args.sizes[1]);
+    const ByteSpan masked{mask_begin, mask_begin + mask_bytes};
+    check(!masked.overlaps(written), kCropMirrorNormalize, "mask to share no memory with out");
+    for (const ImageSource& source : sources_) {
+      check(!masked.overlaps(span_of(source)), kCropMirrorNormalize,
+            "mask to share no memory with images");
+    }
   }
 
  private:

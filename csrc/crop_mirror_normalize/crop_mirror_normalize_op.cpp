@@ -26,7 +26,7 @@ std::tuple<Tensor, Tensor> crop_mirror_normalize(
     int64_t width, const std::vector<double>& mean, const std::vector<double>& std,
     int64_t rounding, const std::vector<double>& fill, bool fill_is_output, int64_t dtype,
     int64_t memory_format, bool return_mask) {
-  const std::vector<ImageSource> sources = sources_of(images);
+  const std::vector<ImageSource> sources = sources_of(images, rows_of(placements));
   CropMirrorNormalizeCall call(sources, placements_of(placements, sources.size()), channels, height,
                                width, mean, std, rounding, fill, fill_is_output);
   const auto strides = choose_output(call, dtype, memory_format);
@@ -46,7 +46,7 @@ void crop_mirror_normalize_out(const std::vector<Tensor>& images, const Tensor& 
                                std::optional<Tensor> mask) {
   check(out.is_cpu() && out.dim() == 4, kCropMirrorNormalize,
         "out of 4 dimensions on the device of images (cpu)");
-  const std::vector<ImageSource> sources = sources_of(images);
+  const std::vector<ImageSource> sources = sources_of(images, rows_of(placements));
   CropMirrorNormalizeCall call(sources, placements_of(placements, sources.size()), channels,
                                out.size(2), out.size(3), mean, std, rounding, fill, fill_is_output);
   use_output(call, out, mask);
@@ -73,8 +73,8 @@ int32_t pixfuse_crop_mirror_normalize(const pixfuse::CropMirrorNormalizeArgs* ar
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pixfuse, m) {
   m.def(
-      "crop_mirror_normalize(Tensor[] images, Tensor placements, int channels, int height, "
-      "int width, float[] mean, float[] std, int rounding, float[] fill, bool fill_is_output, "
+      "crop_mirror_normalize(Tensor[] images, Tensor placements, int channels, SymInt height, "
+      "SymInt width, float[] mean, float[] std, int rounding, float[] fill, bool fill_is_output, "
       "int dtype, int memory_format, bool return_mask) -> (Tensor, Tensor)");
   m.def(
       "crop_mirror_normalize_out(Tensor[] images, Tensor placements, int channels, float[] mean, "

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <array>
+#include <limits>
 #include <optional>
 #include <vector>
 
@@ -22,7 +23,9 @@ inline void check_dense(const Tensor& tensor, const char* name) {
 }
 
 // (C, H, W) tensors and (n, C, H, W) batches, image by image. All lie where the first one does.
-inline std::vector<ImageSource> sources_of(const std::vector<Tensor>& images) {
+// `most` bounds the images: a batch without memory of its own may claim any number of them.
+inline std::vector<ImageSource> sources_of(const std::vector<Tensor>& images,
+                                           int64_t most = std::numeric_limits<int64_t>::max()) {
   std::vector<ImageSource> sources;
   check(!images.empty(), kCropMirrorNormalize, "at least 1 tensor of images, got none");
   for (const Tensor& tensor : images) {
@@ -36,6 +39,8 @@ inline std::vector<ImageSource> sources_of(const std::vector<Tensor>& images) {
           kCropMirrorNormalize, "images on one device");
     const auto sizes = tensor.sizes(), strides = tensor.strides();
     const int64_t d = rank - 3, count = rank == 4 ? sizes[0] : 1;
+    check(count <= most - static_cast<int64_t>(sources.size()), kCropMirrorNormalize, "at most ",
+          most, " images, as placements has rows");
     const auto* pixels = static_cast<const uint8_t*>(tensor.const_data_ptr());
     for (int64_t n = 0; n < count; ++n) {
       sources.push_back({rank == 4 ? pixels + n * strides[0] : pixels, sizes[d + 1], sizes[d + 2],
@@ -43,6 +48,11 @@ inline std::vector<ImageSource> sources_of(const std::vector<Tensor>& images) {
     }
   }
   return sources;
+}
+
+// How many images the placements are for, as far as it can be said before they are checked.
+inline int64_t rows_of(const Tensor& placements) {
+  return placements.dim() > 0 ? placements.size(0) : 0;
 }
 
 // The rows of a contiguous int64 CPU tensor of shape (N, 4).

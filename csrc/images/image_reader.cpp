@@ -311,7 +311,8 @@ ImageSource ImageReader::read_tensor(PyObject* image, Py_ssize_t index, Holder& 
   const py::object stride = call(alias.ptr(), name.stride);
   if (PyTuple_GET_SIZE(shape.ptr()) != 3) {
     raise(PyExc_ValueError, index,
-          "to be a tensor of shape (C, H, W), got " + std::string(py::str(py::tuple(shape))) +
+          "to be a tensor of shape (C, H, W), got " +
+              std::string(py::str(py::tuple(py::list(shape)))) +
               "; a batch goes in alone, without a list around it");
   }
   int64_t sizes[3], strides[3];

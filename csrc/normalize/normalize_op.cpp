@@ -42,6 +42,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pixfuse, m) {
   m.def(
       "normalize_out(Tensor images, float[] mean, float[] std, int rounding, int input_layout, "
       "Tensor(a!) out) -> ()");
+  // Of a pinned CPU tensor, with the result on CUDA device `device`; its kernel is in the CUDA
+  // library. `images` must stay alive and unchanged until the current stream has passed.
+  m.def(
+      "normalize_pinned(Tensor images, float[] mean, float[] std, int rounding, "
+      "int input_layout, int dtype, int memory_format, int device) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pixfuse, CPU, m) {

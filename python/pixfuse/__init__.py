@@ -1,6 +1,6 @@
 """uint8 image batches to model-ready tensors in one pass, bit for bit as torchvision would."""
 
-from pixfuse import reference
+from pixfuse import reference, transforms
 from pixfuse._library import empty_cache, info
 from pixfuse.activity import UnitActivity
 from pixfuse.collate import Collate
@@ -44,4 +44,5 @@ __all__ = [
     "info",
     "normalize",
     "reference",
+    "transforms",
 ]

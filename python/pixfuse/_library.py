@@ -96,6 +96,27 @@ def _normalize_fake(
     )
 
 
+@torch.library.register_fake("pixfuse::normalize_pinned")
+def _normalize_pinned_fake(
+    images: torch.Tensor,
+    mean: list[float],
+    std: list[float],
+    rounding: int,
+    input_layout: int,
+    dtype: int,
+    memory_format: int,
+    device: int,
+) -> torch.Tensor:
+    nchw = view_as_nchw(images, input_layout)
+    channels_last = resolve_channels_last(nchw, _key(MEMORY_FORMAT_CODES, memory_format))
+    return images.new_empty_strided(
+        nchw.shape,
+        dense_strides(nchw.shape, channels_last),
+        dtype=_key(DTYPE_CODES, dtype),
+        device=torch.device("cuda", device),
+    )
+
+
 @torch.library.register_fake("pixfuse::normalize_out")
 def _normalize_out_fake(
     images: torch.Tensor,
@@ -106,6 +127,23 @@ def _normalize_out_fake(
     out: torch.Tensor,
 ) -> None:
     return None
+
+
+def _check_one_device(
+    images: list[torch.Tensor], placements: torch.Tensor, *outputs: torch.Tensor | None
+) -> None:
+    """A meta tensor beside others brings the call here, where nothing would be computed."""
+    device = images[0].device
+    for tensor in (*images, *outputs):
+        if tensor is not None and tensor.device != device:
+            raise ValueError(
+                f"crop_mirror_normalize: expected all tensors on one device ({device}), got "
+                f"{tensor.device}"
+            )
+    if placements.device.type not in ("cpu", device.type):
+        raise ValueError(
+            f"crop_mirror_normalize: expected placements on the CPU, got {placements.device}"
+        )
 
 
 @torch.library.register_fake("pixfuse::crop_mirror_normalize")
@@ -124,6 +162,7 @@ def _crop_mirror_normalize_fake(
     memory_format: int,
     return_mask: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    _check_one_device(images, placements)
     count = sum(image.shape[0] if image.ndim == 4 else 1 for image in images)
     shape = (count, channels, height, width)
     strides = dense_strides(shape, memory_format == MEMORY_FORMAT_CODES[torch.channels_last])
@@ -145,7 +184,7 @@ def _crop_mirror_normalize_out_fake(
     out: torch.Tensor,
     mask: torch.Tensor | None,
 ) -> None:
-    return None
+    _check_one_device(images, placements, out, mask)
 
 
 @torch.library.register_fake("pixfuse::empty_output")

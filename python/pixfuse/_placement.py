@@ -26,10 +26,12 @@ def resolve_channels(images: Images, channels: Any) -> int:
         if channels < 1:
             raise ValueError(f"{_NAME}: expected channels to be positive, got {channels}")
     if images.common is not None:
-        counts = [images.common[2]]
+        counts = [int(images.common[2])]
     else:
         counts = [int(size[2]) for size in images.each]
     if channels is None:
+        if len(counts) == 1:
+            return counts[0]
         distinct = set(counts)
         if len(distinct) == 1:
             return counts[0]
@@ -44,7 +46,9 @@ def resolve_channels(images: Images, channels: Any) -> int:
             f"{counts[other]} in images[{other}]{hint}"
         )
     for n, count in enumerate(counts):
-        if count not in (channels, 1) and (count, channels) != (4, 3):
+        # Not `in`: torch.compile does not look for symbols in tuples.
+        fits = count == channels or count == 1 or (count == 4 and channels == 3)  # noqa: PLR1714
+        if not fits:
             hint = '; convert it with image.convert("L")' if channels == 1 else ""
             raise ValueError(
                 f"{_NAME}: expected images of {channels} channels, or of 1, which is repeated, got "
@@ -185,7 +189,8 @@ def _traced_placements(
         columns_inside = (lefts >= 0) & (lefts <= width - size[1])
         torch._assert_async(
             (rows_inside & columns_inside).all(),
-            f"{_NAME}: expected every window inside its image; {_PAD_HINT}",
+            # No double quotes: the compiler puts the words into C++ as they are.
+            f"{_NAME}: expected every window inside its image; pass out_of_bounds='pad'",
         )
     columns = [tops, lefts, numbers(mirror, torch.int64), numbers(flip, torch.int64)]
     return torch.stack([column.expand(images.count) for column in columns], 1)

@@ -11,8 +11,8 @@ import torch
 from torch.utils.data._utils.collate import collate, default_collate_fn_map
 
 from pixfuse._image_input import Images, read_images
-from pixfuse._library import dense_strides
 from pixfuse._placement import resolve_channels, resolve_size
+from pixfuse._shared_memory import shared_output
 from pixfuse.functional import crop_mirror_normalize
 from pixfuse.normalization import UNIT, Normalization
 
@@ -35,11 +35,12 @@ class Collate:
     Bytes of any other shape are left to torch: above all those of shape (H, W), which may be masks
     as well as images. ``array[..., None]`` makes an image of one.
 
-    In a worker the batch is written straight into shared memory; in the main process into recycled
-    memory. ``dtype=torch.uint8`` packs the bytes as they are, a quarter of the size, for
-    :class:`pixfuse.DeviceLoader` to normalize. Random numbers come from torch's default generator,
-    one draw per image: ``torch.manual_seed`` makes them reproducible, and each worker has a seed of
-    its own. Can be pickled, for workers of any start method.
+    In a worker the batch is written straight into shared memory, which is used again once the main
+    process has dropped the batch; in the main process into recycled memory. ``dtype=torch.uint8``
+    packs the bytes as they are, a quarter of the size, for :class:`pixfuse.DeviceLoader` to
+    normalize. Random numbers come from torch's default generator, one draw per image:
+    ``torch.manual_seed`` makes them reproducible, and each worker has a seed of its own. Can be
+    pickled, for workers of any start method.
 
     With ``batch_size=None`` a ``DataLoader`` hands over each sample alone: then the samples of the
     dataset have to be lists of samples, which become the batches.
@@ -175,7 +176,7 @@ class Collate:
                 options["left"] = _random_place(columns, draws[:, 3])
         if source.device.type == "cpu" and torch.utils.data.get_worker_info() is not None:
             shape = (source.count, resolve_channels(source, self.channels), height, width)
-            options["out"] = _shared_memory(shape, self.dtype, self.memory_format)
+            options["out"] = shared_output(shape, self.dtype, self.memory_format)
         return crop_mirror_normalize(cast("Any", source), self.size, self.normalization, **options)
 
 
@@ -285,13 +286,3 @@ def _random_place(room: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
     places = (draws * (room.abs() + 1)).floor().to(torch.int64)
     # The largest draw times the number of places may round to the number itself.
     return torch.minimum(places, room.abs()) * room.sign()
-
-
-def _shared_memory(
-    shape: tuple[int, int, int, int], dtype: torch.dtype, memory_format: torch.memory_format
-) -> torch.Tensor:
-    """As torch's own collate takes it in a worker, so that nothing is copied on the way out."""
-    nbytes = dtype.itemsize * shape[0] * shape[1] * shape[2] * shape[3]
-    storage = torch.UntypedStorage._new_shared(nbytes, device="cpu")
-    strides = dense_strides(shape, memory_format is torch.channels_last)
-    return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, shape, strides)

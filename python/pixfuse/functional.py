@@ -421,7 +421,7 @@ def _check_crop_normalization(
     if dtype is torch.uint8:
         return
     count = len(normalization.mean)
-    if count not in (1, channels):
+    if count != 1 and count != channels:  # noqa: PLR1714 (`in` does not see symbols of torch.compile)
         raise ValueError(
             f"crop_mirror_normalize: expected images of {count} channels, as mean and std have "
             f"{count} values, got {channels}; pass channels={count}"
@@ -447,7 +447,7 @@ def _fill_values(fill: Any, space: str, channels: int, dtype: torch.dtype) -> tu
             raise TypeError(
                 f"{name}: expected fill to be a number or one number per channel, got {fill!r}"
             ) from None
-    if len(values) not in (1, channels):
+    if len(values) != 1 and len(values) != channels:
         raise ValueError(
             f"{name}: expected fill to have 1 value or one per channel ({channels}), got "
             f"{len(values)}"
@@ -458,7 +458,7 @@ def _fill_values(fill: Any, space: str, channels: int, dtype: torch.dtype) -> tu
             "are pixels"
         )
     for value in values:
-        if not math.isfinite(value):
+        if not abs(value) < math.inf:  # infinite or no number
             raise ValueError(f"{name}: expected fill to be finite, got {value}")
         if space == "input" and not 0 <= value <= 255:
             raise ValueError(

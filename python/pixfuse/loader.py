@@ -557,7 +557,7 @@ class _CudaLine:
             LAYOUT_CODES[self.options["input_layout"]],
             DTYPE_CODES[self.options["dtype"]],
             MEMORY_FORMAT_CODES[memory_format],
-            self.device,
+            self.device.index,
         )
 
     def _keep_for(self, result: torch.Tensor, stream: Any) -> None:

@@ -130,8 +130,7 @@ def crop_mirror_normalize(
     for image, row, column, mirrored, flipped in zip(
         pixels, tops, lefts, mirrors, flips, strict=True
     ):
-        # In float64, which holds every byte and every fill.
-        window, mask = _window(image.to(torch.float64), row, column, height, width, fills)
+        window, mask = _window(image, row, column, height, width, fills)
         turned = ([-1] if mirrored else []) + ([-2] if flipped else [])
         values.append(window.flip(turned))
         masks.append(mask.flip(turned))
@@ -197,7 +196,10 @@ def _offset(anchor: float, slack: int) -> int:
 def _window(
     image: torch.Tensor, top: int, left: int, height: int, width: int, fill: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A window of an image, ``fill`` where it leaves the image, and where it does not."""
+    """A window of an image, ``fill`` where it leaves the image, and where it does not.
+
+    In float64, the type of ``fill``, which holds every byte too.
+    """
     rows = torch.arange(top, top + height, device=image.device)
     columns = torch.arange(left, left + width, device=image.device)
     _, image_height, image_width = image.shape

@@ -54,11 +54,16 @@ constexpr int warpSize = ::cuda_on_cpu::kWarpLanes;
 
 namespace cuda_on_cpu {
 
+// From compute capability 7.0 and CUDA 12.1 on.
+constexpr size_t kMaxParameterBytes = 32764;
+
 template <class... Parameters>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
                    std::type_identity_t<Parameters>... arguments) {
   static_assert((std::is_trivially_copyable_v<Parameters> && ...),
                 "CUDA copies the arguments of a kernel to the device byte by byte");
+  static_assert((sizeof(Parameters) + ... + 0) <= kMaxParameterBytes,
+                "a kernel takes up to 32,764 bytes of parameters");
   struct Call {
     void (*kernel)(Parameters...);
     std::tuple<Parameters...> arguments;

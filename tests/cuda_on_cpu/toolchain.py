@@ -54,14 +54,20 @@ RACE = Flavor(
 
 @dataclass(frozen=True)
 class Kernel:
-    """A `.cu` file, or what becomes of it when some of its text is replaced."""
+    """A `.cu` file, or what becomes of it when some of its text is replaced.
+
+    A header whose text may be replaced too is named in `header`; it is pasted into the source.
+    """
 
     path: Path
     replacements: tuple[tuple[str, str], ...] = ()
+    header: Path | None = None
 
     def text(self) -> str:
         """The source; a text to replace that is not there exactly once is an error."""
         source = self.path.read_text()
+        if self.header is not None:
+            source = self._pasted(source, self.header)
         for old, new in self.replacements:
             # The formatter may break lines elsewhere tomorrow.
             pattern = r"\s+".join(re.escape(word) for word in old.split())
@@ -73,6 +79,15 @@ class Kernel:
             source = source.replace(found[0], new)
         # Messages name lines of the original file.
         return f'#line 1 "{self.path}"\n{source}'
+
+    def _pasted(self, source: str, header: Path) -> str:
+        include = f'#include "{header.relative_to(CSRC)}"\n'
+        before, found, after = source.partition(include)
+        if not found or include in after:
+            raise ValueError(f"{self.path.name}: expected one line {include}")
+        text = header.read_text().replace("#pragma once\n", "\n")
+        line = (before + include).count("\n") + 1
+        return f'{before}#line 1 "{header}"\n{text}\n#line {line} "{self.path}"\n{after}'
 
 
 @dataclass(frozen=True)

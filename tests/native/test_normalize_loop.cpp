@@ -1,9 +1,11 @@
-// The loops of `normalize` without torch and Python, on memory of exactly the size that they may
-// touch, against the formulas written down once more, one pixel at a time.
+// The loops of `normalize`, and what `crop_mirror_normalize` makes of them, without torch and
+// Python, on memory of exactly the size that they may touch, against the formulas written down once
+// more, one pixel at a time.
 //
 // With the address sanitizer the memory comes from the heap; without it, from pages next to one
 // that may not be touched. Arguments:
 //   threads             the parts of each call run at the same time
+//   crop                only the calls of crop_mirror_normalize
 //   planted=NAME        a fault that must be noticed: see `Planted`
 #include <sys/mman.h>
 #include <unistd.h>
@@ -15,9 +17,11 @@
 #include <cstring>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "common/isa.h"
+#include "crop_mirror_normalize/crop_mirror_normalize_args.h"
 #include "normalize/normalize.h"
 #include "normalize/normalize_constants.h"
 
@@ -38,6 +42,7 @@ constexpr const char* kPlantedNames[] = {"none",       "short_input", "short_out
                                          "misaligned", "wrong_value", "race"};
 Planted planted = Planted::none;
 bool use_threads = false;
+bool only_crops = false;
 
 // --- memory that ends, or begins, where nothing may be touched ---
 
@@ -45,6 +50,7 @@ bool use_threads = false;
 class Memory {
  public:
   Memory(int64_t bytes, bool) : base_(static_cast<uint8_t*>(std::malloc(bytes))) {}
+  Memory(Memory&& other) noexcept : base_(std::exchange(other.base_, nullptr)) {}
   ~Memory() { std::free(base_); }
   uint8_t* data() const { return base_; }
 
@@ -66,7 +72,13 @@ class Memory {
     mprotect(base_ + page + inside, page, PROT_NONE);
     data_ = base_ + page + (at_end ? inside - bytes : 0);
   }
-  ~Memory() { munmap(base_, mapped_bytes_); }
+  Memory(Memory&& other) noexcept
+      : base_(std::exchange(other.base_, nullptr)),
+        data_(other.data_),
+        mapped_bytes_(other.mapped_bytes_) {}
+  ~Memory() {
+    if (base_ != nullptr) munmap(base_, mapped_bytes_);
+  }
   uint8_t* data() const { return data_; }
 
  private:
@@ -120,6 +132,7 @@ double expected_value(ElementType dtype, float value) {
 }
 
 double stored_value(ElementType dtype, const uint8_t* element) {
+  if (dtype == ElementType::uint8) return *element;
   if (dtype == ElementType::float32) {
     float value;
     std::memcpy(&value, element, sizeof value);
@@ -163,7 +176,23 @@ int32_t parallel_for(int64_t begin, int64_t end, int64_t, void (*body)(int64_t, 
   return 0;
 }
 
-enum class Layout { planar, pixels, pixels_and_one, padded_rows, spread, same_image, count };
+enum class Layout {
+  planar,
+  pixels,
+  pixels_and_one,
+  padded_rows,
+  spread,
+  same_image,
+  count,
+};
+
+// Ways to go backwards through any layout, or to stay where one is.
+struct Turns {
+  bool mirrored = false;     // columns from the right
+  bool flipped = false;      // rows from below
+  bool backward = false;     // channels from the last
+  bool one_channel = false;  // repeated
+};
 
 struct Case {
   Isa isa;
@@ -173,6 +202,7 @@ struct Case {
   Layout images, output;
   bool at_end;
   bool all_bytes;  // every byte value in turn, instead of random ones
+  Turns turns{};
 };
 
 void set_strides(int64_t (&strides)[4], const int64_t (&sizes)[4], Layout layout) {
@@ -198,11 +228,24 @@ void set_strides(int64_t (&strides)[4], const int64_t (&sizes)[4], Layout layout
   }
 }
 
-// One past the last element that is reached.
-int64_t reach(const int64_t (&sizes)[4], const int64_t (&strides)[4]) {
-  int64_t last = 0;
-  for (int d = 0; d < 4; ++d) last += (sizes[d] - 1) * strides[d];
-  return last + 1;
+void turn(int64_t (&strides)[4], const Turns& turns) {
+  if (turns.one_channel) strides[1] = 0;
+  if (turns.backward) strides[1] = -strides[1];
+  if (turns.flipped) strides[2] = -strides[2];
+  if (turns.mirrored) strides[3] = -strides[3];
+}
+
+// How many elements lie before the first one, and one past the last, counted from the first.
+struct Reach {
+  int64_t before = 0, end = 1;
+};
+Reach reach(const int64_t (&sizes)[4], const int64_t (&strides)[4]) {
+  Reach reach;
+  for (int d = 0; d < 4; ++d) {
+    const int64_t way = (sizes[d] - 1) * strides[d];
+    (way < 0 ? reach.before : reach.end) += way < 0 ? -way : way;
+  }
+  return reach;
 }
 
 uint8_t next_byte() {
@@ -211,11 +254,20 @@ uint8_t next_byte() {
   return static_cast<uint8_t>(state >> 24);
 }
 
+// Every second time, none.
+Turns next_turns(int64_t channels) {
+  if (next_byte() % 2 == 0) return {};
+  const uint8_t chosen = next_byte();
+  return {(chosen & 1) != 0, (chosen & 2) != 0, (chosen & 4) != 0,
+          channels > 1 && (chosen & 24) == 24};
+}
+
 bool run(const Case& test) {
   const int64_t channels = test.sizes[1];
   NormalizeArgs args{};
   std::memcpy(args.sizes, test.sizes, sizeof args.sizes);
   set_strides(args.image_strides, test.sizes, test.images);
+  turn(args.image_strides, test.turns);
   set_strides(args.output_strides, test.sizes, test.output);
   args.dtype = test.dtype;
   std::vector<double> mean, std;
@@ -226,8 +278,9 @@ bool run(const Case& test) {
   std::vector<ChannelConstants> constants(static_cast<size_t>(channels));
   set_rounding(args, constants.data(), mean.data(), std.data(), channels, test.rounding);
 
-  const int64_t image_bytes = reach(args.sizes, args.image_strides);
-  const int64_t out_elements = reach(args.sizes, args.output_strides);
+  const Reach images_reach = reach(args.sizes, args.image_strides);
+  const int64_t image_bytes = images_reach.before + images_reach.end;
+  const int64_t out_elements = reach(args.sizes, args.output_strides).end;
   const int64_t out_bytes = out_elements * element_bytes(test.dtype);
   const int64_t cut_images = planted == Planted::short_input ? 1 : 0;
   const int64_t cut_output = planted == Planted::short_output ? 1 : 0;
@@ -237,7 +290,7 @@ bool run(const Case& test) {
   for (int64_t i = 0; i < image_bytes - cut_images; ++i) {
     images.data()[i] = test.all_bytes ? static_cast<uint8_t>(i) : next_byte();
   }
-  args.images = images.data() - (planted == Planted::early_input ? 1 : 0);
+  args.images = images.data() + images_reach.before - (planted == Planted::early_input ? 1 : 0);
   args.output = output.data() + (misaligned ? 1 : 0);
 
   set_active_isa(test.isa);
@@ -259,7 +312,9 @@ bool run(const Case& test) {
             out += at[d] * args.output_strides[d];
           }
           const auto k = static_cast<size_t>(c);
-          float value = expected_float32(test.rounding, args.images[in], mean[k], std[k]);
+          float value = test.dtype == ElementType::uint8
+                            ? args.images[in]
+                            : expected_float32(test.rounding, args.images[in], mean[k], std[k]);
           if (planted == Planted::wrong_value && n + c + h + w == 0) {
             value = std::nextafter(value, 100.0f);
           }
@@ -283,14 +338,117 @@ bool run(const Case& test) {
   return true;
 }
 
+// --- one call of crop_mirror_normalize: images of any sizes under windows at any place ---
+
+struct Source {
+  Memory memory;
+  ImageSource image;
+};
+
+// Random bytes in memory of exactly their size.
+Source next_source(int64_t channels, bool at_end) {
+  const int64_t from = channels == 3 && next_byte() % 4 == 0   ? 4
+                       : channels != 1 && next_byte() % 4 == 0 ? 1
+                                                               : channels;
+  const int64_t sizes[4] = {1, from, next_byte() % 40 + 1, next_byte() % 90 + 1};
+  int64_t strides[4];
+  set_strides(strides, sizes, static_cast<Layout>(next_byte() % static_cast<int>(Layout::count)));
+  turn(strides, next_turns(1));
+  const Reach bytes = reach(sizes, strides);
+  const int64_t cut = planted == Planted::short_input ? 1 : 0;
+  Source source{Memory(bytes.before + bytes.end - cut, at_end), {}};
+  for (int64_t i = 0; i < bytes.before + bytes.end - cut; ++i)
+    source.memory.data()[i] = next_byte();
+  source.image = {source.memory.data() + bytes.before,
+                  sizes[2],
+                  sizes[3],
+                  sizes[1],
+                  strides[2],
+                  strides[3],
+                  strides[1]};
+  return source;
+}
+
+bool run_crop(Isa isa, ElementType dtype, int64_t channels, Layout output) {
+  const int64_t count = next_byte() % 5 + 1;
+  const int64_t sizes[4] = {count, channels, next_byte() % 40 + 1, next_byte() % 90 + 1};
+  const auto rounding = static_cast<Rounding>(next_byte() % 5);
+  const bool at_end = next_byte() % 4 != 0;
+  std::vector<double> mean, std, fill;
+  for (int64_t c = 0; c < channels; ++c) {
+    mean.push_back(0.485 - 0.07 * static_cast<double>(c));
+    std.push_back(0.229 + 0.013 * static_cast<double>(c));
+    fill.push_back(static_cast<double>(next_byte()));
+  }
+  std::vector<Source> held;
+  std::vector<ImageSource> images;
+  std::vector<Placement> placements;
+  held.reserve(static_cast<size_t>(count));
+  for (int64_t n = 0; n < count; ++n) {
+    held.push_back(next_source(channels, at_end));
+    images.push_back(held.back().image);
+    // Windows inside, across each edge, and beyond.
+    placements.push_back(
+        {next_byte() % 80 - 40, next_byte() % 120 - 60, next_byte() % 2, next_byte() % 2});
+  }
+  CropMirrorNormalizeCall call(images, placements.data(), channels, sizes[2], sizes[3], mean, std,
+                               static_cast<int64_t>(rounding), fill, false);
+  call.set_dtype(dtype);
+  int64_t strides[4];
+  set_strides(strides, sizes, output);
+  const int64_t pixels = count * sizes[2] * sizes[3];
+  const int64_t cut = planted == Planted::short_output ? 1 : 0;
+  const Memory out(pixels * channels * element_bytes(dtype) - cut, at_end);
+  const Memory mask(pixels, at_end);
+  call.set_output(out.data(), strides, mask.data());
+  set_active_isa(isa);
+  if (crop_mirror_normalize_cpu(call.args, parallel_for) != 0) return false;
+
+  for (int64_t n = 0; n < count; ++n)
+    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t h = 0; h < sizes[2]; ++h)
+        for (int64_t w = 0; w < sizes[3]; ++w) {
+          const auto i = static_cast<size_t>(n), k = static_cast<size_t>(c);
+          const ImageSource& image = images[i];
+          const Placement& placement = placements[i];
+          const int64_t y = placement.top + (placement.flip != 0 ? sizes[2] - 1 - h : h);
+          const int64_t x = placement.left + (placement.mirror != 0 ? sizes[3] - 1 - w : w);
+          const bool inside = y >= 0 && y < image.height && x >= 0 && x < image.width;
+          const int64_t from = image.channels == 1 ? 0 : c;
+          const uint8_t byte = inside ? image.pixels[y * image.row_stride + x * image.pixel_stride +
+                                                     from * image.channel_stride]
+                                      : static_cast<uint8_t>(fill[k]);
+          float value = dtype == ElementType::uint8
+                            ? byte
+                            : expected_float32(rounding, byte, mean[k], std[k]);
+          if (planted == Planted::wrong_value && n + c + h + w == 0) {
+            value = std::nextafter(value, 100.0f);
+          }
+          const int64_t at = n * strides[0] + c * strides[1] + h * strides[2] + w * strides[3];
+          const double stored = stored_value(dtype, out.data() + at * element_bytes(dtype));
+          const bool marked = mask.data()[(n * sizes[2] + h) * sizes[3] + w] != 0;
+          if (same(stored, expected_value(dtype, value)) && marked == inside) continue;
+          std::printf(
+              "crop: isa %d dtype %d channels %ld output %d at %ld %ld %ld %ld: %.9g, expected "
+              "%.9g, "
+              "mask %d, expected %d\n",
+              static_cast<int>(isa), static_cast<int>(dtype), static_cast<long>(channels),
+              static_cast<int>(output), static_cast<long>(n), static_cast<long>(c),
+              static_cast<long>(h), static_cast<long>(w), stored, expected_value(dtype, value),
+              marked, inside);
+          return false;
+        }
+  return true;
+}
+
 // --- all calls ---
 
-constexpr ElementType kTypes[] = {ElementType::float32, ElementType::float16,
-                                  ElementType::bfloat16};
+constexpr ElementType kTypes[] = {ElementType::float32, ElementType::float16, ElementType::bfloat16,
+                                  ElementType::uint8};
 constexpr Rounding kRoundings[] = {Rounding::torchvision, Rounding::torchvision_v1, Rounding::timm,
                                    Rounding::transformers, Rounding::nearest};
 
-bool run_all_on(Isa isa, int64_t& cases) {
+bool run_loops_on(Isa isa, int64_t& cases) {
   constexpr int64_t kWidths[] = {1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 129, 1025};
   for (ElementType dtype : kTypes)
     for (int64_t channels : {1, 2, 3, 4, 5, 16, 17})
@@ -307,7 +465,8 @@ bool run_all_on(Isa isa, int64_t& cases) {
                             static_cast<Layout>(images),
                             output,
                             next_byte() % 4 != 0,
-                            false};
+                            false,
+                            next_turns(channels)};
             if (!run(test)) return false;
             ++cases;
           }
@@ -326,13 +485,25 @@ bool run_all_on(Isa isa, int64_t& cases) {
   return true;
 }
 
+bool run_crops_on(Isa isa, int64_t& cases) {
+  for (int turn = 0; turn < 12; ++turn)
+    for (ElementType dtype : kTypes)
+      for (int64_t channels : {1, 2, 3, 4, 17})
+        for (Layout output : {Layout::planar, Layout::pixels}) {
+          if (!run_crop(isa, dtype, channels, output)) return false;
+          ++cases;
+        }
+  return true;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   for (int i = 1; i < argc; ++i) {
     const std::string argument = argv[i];
-    bool known = argument == "threads";
-    use_threads = use_threads || known;
+    bool known = argument == "threads" || argument == "crop";
+    use_threads = use_threads || argument == "threads";
+    only_crops = only_crops || argument == "crop";
     for (size_t k = 0; k < std::size(kPlantedNames); ++k) {
       if (argument != std::string("planted=") + kPlantedNames[k]) continue;
       planted = static_cast<Planted>(k);
@@ -346,7 +517,8 @@ int main(int argc, char** argv) {
   for (const Isa isa : {Isa::portable, Isa::avx2, Isa::avx512, Isa::neon}) {
     if (!isa_available(isa)) continue;
     int64_t cases = 0;
-    if (!run_all_on(isa, cases)) return 1;
+    if (!only_crops && !run_loops_on(isa, cases)) return 1;
+    if (!run_crops_on(isa, cases)) return 1;
     std::printf("isa %d: %ld cases\n", static_cast<int>(isa), static_cast<long>(cases));
     std::fflush(stdout);
   }

@@ -1,0 +1,186 @@
+"""The examples of README.md and docs/recipes.md run, with the real libraries, and are true."""
+
+import re
+import socket
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import pixfuse
+from benchmarks.torchvision_import import import_torchvision
+
+PAGE = Path(__file__).parent.parent / "docs" / "recipes.md"
+README = PAGE.parent.parent / "README.md"
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+NEIGHBOURS = (
+    "accelerate",
+    "datasets",
+    "lightning",
+    "timm",
+    "torchvision",
+    "transformers",
+    "webdataset",
+)
+
+
+def sections(page: str) -> dict[str, list[str]]:
+    """The blocks under each heading, with as many empty lines before each as the page has.
+
+    So a traceback shows the lines of the page. What stands before the first heading is under "".
+    """
+    found: dict[str, list[str]] = {"": []}
+    starts = [(match.start(), match[1]) for match in re.finditer(r"^## (.*)$", page, re.MULTILINE)]
+    for block in BLOCK.finditer(page):
+        heading = [name for start, name in starts if start < block.start()]
+        lines_above = page[: block.start(1)].count("\n")
+        found.setdefault(heading[-1] if heading else "", []).append("\n" * lines_above + block[1])
+    return found
+
+
+RECIPES = sections(PAGE.read_text())
+
+
+def run(blocks: list[str]) -> dict[str, Any]:
+    names: dict[str, Any] = {"__name__": "recipe"}
+    for block in [*RECIPES[""], *blocks]:
+        exec(compile(block, str(PAGE), "exec"), names)
+    return names
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the recipes run: photos of many sizes in two classes, and a tar of them."""
+    root = tmp_path_factory.mktemp("recipes")
+    source = np.random.default_rng(0)
+    with tarfile.open(root / "photos-000000.tar", "w") as shard:
+        for number in range(8):
+            name = ("cat", "dog")[number % 2]
+            path = root / "photos" / name / f"{number}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            size = (int(source.integers(230, 330)), int(source.integers(230, 330)))
+            patches = source.integers(256, size=(12, 12, 3), dtype=np.uint8)
+            Image.fromarray(patches).resize(size, Image.Resampling.BICUBIC).save(path)
+            label = path.with_suffix(".cls")
+            label.write_text(str(number % 2))
+            shard.add(path, f"{number}.jpg")
+            shard.add(label, f"{number}.cls")
+            label.unlink()
+    return root
+
+
+@pytest.fixture
+def in_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """In that folder, with the caches of the libraries there too, and without a network."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HF_HOME", str(folder / "cache"))  # read where they are imported first
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    connect, refused = socket.socket.connect, []
+
+    def connect_locally(self: socket.socket, address: Any) -> None:
+        if self.family != socket.AF_UNIX:
+            refused.append(address)
+            raise ConnectionRefusedError(f"recipes have no network, and none for {address}")
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", connect_locally)
+    import_torchvision("torchvision.datasets")  # where torchvision was built for another torch
+    yield refused
+    assert not refused, "a recipe wants a network"
+
+
+@pytest.mark.usefixtures("in_folder")
+@pytest.mark.filterwarnings("ignore")  # the libraries warn of each other
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if name])
+def test_recipe(recipe: str) -> None:
+    run(RECIPES[recipe])
+
+
+@pytest.mark.usefixtures("in_folder")
+def test_the_readme() -> None:
+    """Its examples, in order, with what they leave out."""
+    folder = import_torchvision("torchvision.datasets").ImageFolder("photos")
+    names: dict[str, Any] = {
+        "__name__": "readme",
+        "Image": Image,
+        "paths": [path for path, _ in folder.samples],
+        "dataset": folder,
+        "mean": pixfuse.IMAGENET.mean,
+        "std": pixfuse.IMAGENET.std,
+    }
+    first, equivalent, lists = sections(README.read_text())["Use"]
+    exec(compile(first, str(README), "exec"), names)
+    assert names["x"].is_contiguous(memory_format=torch.channels_last)
+    exec(compile(equivalent, str(README), "exec"), names)
+    x = pixfuse.normalize(names["images"], pixfuse.IMAGENET, input_layout="NHWC")
+    assert torch.equal(x, names["x"])
+    exec(compile(lists, str(README), "exec"), names)
+    expected = pixfuse.crop_mirror_normalize(names["photos"], 224, pixfuse.IMAGENET)
+    assert torch.equal(names["x"], expected)  # of the DeviceLoader: one batch is all there is
+
+
+def test_every_recipe_asserts_something() -> None:
+    assert len(RECIPES) >= 12
+    for recipe, blocks in RECIPES.items():
+        assert blocks, recipe
+        for block in blocks:
+            assert not recipe or re.search(r"^ *assert ", block, re.MULTILINE), recipe
+
+
+def test_every_block_of_the_page_is_a_recipe() -> None:
+    page = PAGE.read_text()
+    assert page.count("```") == 2 * sum(len(blocks) for blocks in RECIPES.values())
+
+
+@pytest.mark.parametrize("library", NEIGHBOURS)
+def test_every_neighbour_has_a_recipe(library: str) -> None:
+    imports = re.compile(rf"^(import|from) {library}\b", re.MULTILINE)
+    assert any(imports.search(block) for blocks in RECIPES.values() for block in blocks)
+
+
+WRONG_ROUNDINGS = {
+    "torchvision v2": ("Normalization(mean, std)", 'Normalization(mean, std, "torchvision_v1")'),
+    "torchvision v2, the whole batch at once": (
+        "Normalization(mean, std)",
+        'Normalization(mean, std, "nearest")',
+    ),
+    "torchvision v1": ('rounding="torchvision_v1"', 'rounding="torchvision"'),
+    "timm": ('rounding="timm"', 'rounding="torchvision"'),
+    "Hugging Face image processors": ('rounding="transformers"', 'rounding="torchvision"'),
+}
+
+
+@pytest.mark.usefixtures("in_folder")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("recipe", WRONG_ROUNDINGS)
+def test_another_rounding_is_noticed(recipe: str) -> None:
+    right, wrong = WRONG_ROUNDINGS[recipe]
+    blocks = [block.replace(right, wrong) for block in RECIPES[recipe]]
+    assert blocks != RECIPES[recipe]
+    with pytest.raises(AssertionError) as caught:
+        run(blocks)
+    failed = caught.traceback[-1]
+    assert Path(failed.path) == PAGE
+    assert "torch.equal(" in PAGE.read_text().splitlines()[failed.lineno]
+
+
+def test_a_connection_is_noticed(in_folder: list[Any]) -> None:
+    with socket.socket() as client, pytest.raises(ConnectionRefusedError, match="no network"):
+        client.connect(("127.0.0.1", 9))
+    assert in_folder.pop() == ("127.0.0.1", 9)
+
+
+def test_links_of_the_page_lead_somewhere() -> None:
+    page = PAGE.read_text()
+    headings = re.findall(r"^#+ (.*)$", page, re.MULTILINE)
+    anchors = {
+        re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-") for heading in headings
+    }
+    links = re.findall(r"\]\(#([^)]*)\)", page)
+    assert links
+    assert set(links) <= anchors
