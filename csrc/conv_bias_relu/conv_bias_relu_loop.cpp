@@ -35,12 +35,26 @@ struct Tile {
   const float* bias;
 };
 
+// Calls body(0) to body(count - 1), with numbers that are constants: only then does gcc keep an
+// array of accumulators in registers from one kernel row to the next.
+template <int i>
+struct Constant {
+  static constexpr int value = i;
+};
+template <int count, class Body>
+[[gnu::always_inline]] inline void unrolled(const Body& body) {
+  if constexpr (count > 1) unrolled<count - 1>(body);
+  body(Constant<count - 1>{});
+}
+
 template <int vectors, int pixels>
 void sum_tile(const Tile& tile, float* stage) {
-  Vector sums[vectors][pixels];
-  for (int v = 0; v < vectors; ++v) {
-    for (int q = 0; q < pixels; ++q) sums[v][q] = load(tile.bias + v * kLanes);
-  }
+  Vector sums[vectors * pixels];
+  unrolled<vectors>([&](auto v) __attribute__((always_inline)) {
+    const Vector bias = load(tile.bias + v.value * kLanes);
+    unrolled<pixels>(
+        [&](auto q) __attribute__((always_inline)) { sums[q.value * vectors + v.value] = bias; });
+  });
   const float* weight = tile.weight;
   const int64_t taps = tile.taps, step = tile.pixel_step;
   const int64_t* const offsets = tile.tap_offsets;
@@ -48,18 +62,23 @@ void sum_tile(const Tile& tile, float* stage) {
     const float* const line = tile.lines[row] + tile.line_start;
     for (int64_t t = 0; t < taps; ++t) {
       Vector w[vectors];
-      for (int v = 0; v < vectors; ++v) w[v] = load(weight + v * kLanes);
+      unrolled<vectors>([&](auto v) __attribute__((always_inline)) {
+        w[v.value] = load(weight + v.value * kLanes);
+      });
       weight += vectors * kLanes;
       const float* const at = line + offsets[t];
-      for (int q = 0; q < pixels; ++q) {
-        const Vector value = broadcast(at[q * step]);
-        for (int v = 0; v < vectors; ++v) sums[v][q] = multiply_add(value, w[v], sums[v][q]);
-      }
+      unrolled<pixels>([&](auto q) __attribute__((always_inline)) {
+        const Vector value = broadcast(at[q.value * step]);
+        unrolled<vectors>([&](auto v) __attribute__((always_inline)) {
+          Vector& sum = sums[q.value * vectors + v.value];
+          sum = multiply_add(value, w[v.value], sum);
+        });
+      });
     }
   }
-  for (int q = 0; q < pixels; ++q) {
-    for (int v = 0; v < vectors; ++v) store(stage + (q * vectors + v) * kLanes, sums[v][q]);
-  }
+  unrolled<vectors * pixels>([&](auto i) __attribute__((always_inline)) {
+    store(stage + i.value * kLanes, sums[i.value]);
+  });
 }
 
 using SumTile = void (*)(const Tile&, float*);
@@ -213,18 +232,24 @@ void finish(float* stage, int64_t pixels, const Totals& totals, T* out, int64_t 
       }
     }
   }
-  for (int v = 0; v < vectors; ++v) {
-    for (int i = 0; i < kLanes; ++i) {
-      totals.active[v * kLanes + i] += active[v][i];
-      totals.sum[v * kLanes + i] += static_cast<double>(sums[v][i]);
-    }
-    // No output is below 0, so a sum is NaN only when one of the outputs is.
-    for (int i = 0; i < kLanes; ++i) {
-      if (sums[v][i] == sums[v][i]) continue;
-      for (int64_t p = 0; p < pixels; ++p) {
-        const float value = stage[(p * vectors + v) * kLanes + i];
-        totals.nan[v * kLanes + i] += value != value ? 1 : 0;
-      }
+  int32_t counts[vectors * kLanes];
+  float float_sums[vectors * kLanes];
+  __builtin_memcpy(counts, active, sizeof counts);
+  __builtin_memcpy(float_sums, sums, sizeof float_sums);
+  for (int i = 0; i < vectors * kLanes; ++i) {
+    totals.active[i] += counts[i];
+    totals.sum[i] += static_cast<double>(float_sums[i]);
+  }
+  // No output is below 0, so a sum is NaN only when one of the outputs is.
+  Integers any_nan = sums[0] != sums[0];
+  for (int v = 1; v < vectors; ++v) any_nan |= sums[v] != sums[v];
+  int32_t found = 0;
+  for (int i = 0; i < kLanes; ++i) found |= any_nan[i];
+  if (found == 0) return;
+  for (int i = 0; i < vectors * kLanes; ++i) {
+    for (int64_t p = 0; p < pixels; ++p) {
+      const float value = stage[p * vectors * kLanes + i];
+      totals.nan[i] += value != value ? 1 : 0;
     }
   }
 }
@@ -282,12 +307,13 @@ void run_row(const ConvBiasReluJob& job, const Tile& row_tile, int64_t channels,
   const bool pixels_of_channels = args.output_strides[1] == 1;
   const bool direct = pixels_of_channels && channels >= vectors * kLanes;
   constexpr int64_t most = kTilePixels[vectors - 1];
-  constexpr int64_t tiles_staged = kStagePixels / most;
+  constexpr int64_t tiles_staged = kStageFloats / (vectors * kLanes * most);
   const int64_t tiles = (width + most - 1) / most;
   const int64_t each = width / tiles, more = width % tiles;  // the first ones have one pixel more
   Tile tile = row_tile;
-  for (int64_t first = 0; first < tiles; first += tiles_staged) {
-    const int64_t last = first + tiles_staged < tiles ? first + tiles_staged : tiles;
+  const int64_t runs = (tiles + tiles_staged - 1) / tiles_staged;
+  for (int64_t run = 0; run < runs; ++run) {
+    const int64_t first = tiles * run / runs, last = tiles * (run + 1) / runs;
     const int64_t begin = first * each + (first < more ? first : more);
     int64_t pixel = begin;
     for (int64_t t = first; t < last; ++t) {

@@ -55,10 +55,9 @@ struct ConvBiasReluJob {
 
 // Floats of scratch memory that a call of the loop needs, aligned to 64 bytes: the lines, one of
 // zeros, and the results of a few pixels.
-constexpr int64_t kStagePixels = 48;
-constexpr int64_t kStageChannels = 64;
+constexpr int64_t kStageFloats = 3072;
 static inline int64_t scratch_floats(const ConvBiasReluJob& job) {
-  return (job.lines + 1) * job.line_floats + kStagePixels * kStageChannels;
+  return (job.lines + 1) * job.line_floats + kStageFloats;
 }
 
 // Memory of one thread.

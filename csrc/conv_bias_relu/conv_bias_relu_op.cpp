@@ -17,8 +17,10 @@ namespace {
 
 constexpr const char* kName = "conv_bias_relu";
 
-// Output bytes of a slice of the batch: as much as stays in the caches of a core.
+// Output bytes of a slice of the batch, as much as stays in the caches of a core; but some times
+// the weights, which torch brings into oneDNN's order for each slice anew.
 constexpr int64_t kSliceBytes = int64_t{1} << 20;
+constexpr int64_t kSliceWeights = 2;
 
 // In the operator's schema, the number of float64; the others are those of ElementType.
 constexpr int64_t kFloat64 = 4;
@@ -206,7 +208,8 @@ void convolve_in_slices(const Call& call, Tensor& output, const ChannelActivity&
   args.pixels = call.output_sizes[2] * call.output_sizes[3];
   args.channels_last = call.channels_last;
   args.activity = activity;
-  const int64_t step = std::max<int64_t>(1, kSliceBytes / (image_elements * bytes));
+  const int64_t slice_bytes = std::max(kSliceBytes, kSliceWeights * weight.numel() * bytes);
+  const int64_t step = std::max<int64_t>(1, slice_bytes / (image_elements * bytes));
   Tensor input = call.input;
   char* const out = static_cast<char*>(output.mutable_data_ptr());
   for (int64_t first = 0; first < images; first += step) {
