@@ -104,8 +104,8 @@ def test_a_mapped_image(tmp_path: Path) -> None:
     array = random_array(40, 30, 3)
     path = tmp_path / "image.bmp"
     Image.fromarray(array).save(path)
-    with Image.open(path) as opened:
-        ours = pixfuse.crop_mirror_normalize([opened], dtype=torch.uint8)
+    with Image.open(path) as image:
+        ours = pixfuse.crop_mirror_normalize([image], dtype=torch.uint8)
     assert_same_bits(ours, pixfuse.crop_mirror_normalize([array], dtype=torch.uint8))
     buffer = bytearray(array.tobytes())
     over = Image.frombuffer("L", (90, 40), buffer, "raw", "L", 0, 1)

@@ -162,16 +162,14 @@ def test_the_installed_package_is_tested() -> None:
 
 def test_public_names() -> None:
     public = {name for name in vars(pixfuse) if not name.startswith("_")}
-    modules = {
-        "activity",
-        "convolution",
-        "functional",
-        "normalization",
-    }  # their content is what is public
+    # Their content is what is public.
+    modules = {"activity", "collate", "convolution", "functional", "loader", "normalization"}
     assert public - modules == set(pixfuse.__all__)
 
 
 PUBLIC_FUNCTIONS: dict[str, Callable[..., object]] = {
+    "Collate": pixfuse.Collate,
+    "DeviceLoader": pixfuse.DeviceLoader,
     "crop_mirror_normalize": pixfuse.crop_mirror_normalize,
     "normalize": pixfuse.normalize,
     "Normalization": pixfuse.Normalization,
@@ -180,7 +178,9 @@ PUBLIC_FUNCTIONS: dict[str, Callable[..., object]] = {
     "empty_cache": pixfuse.empty_cache,
     "info": pixfuse.info,
     "reference.conv_bias_relu": pixfuse.reference.conv_bias_relu,
+    "reference.crop_mirror_normalize": pixfuse.reference.crop_mirror_normalize,
     "reference.normalize": pixfuse.reference.normalize,
+    "transforms.ToNormalized": pixfuse.transforms.ToNormalized,
 }
 
 

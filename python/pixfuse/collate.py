@@ -274,11 +274,8 @@ def _hint(value: Any) -> str:
 
 def _rooms(source: Images, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     """How many rows and columns each image has more than its window; below 0 where fewer."""
-    if source.each is not None:
-        return source.each[:, 0] - height, source.each[:, 1] - width
-    assert source.common is not None
-    rows, columns = source.common[0] - height, source.common[1] - width
-    return torch.tensor(rows, device="cpu"), torch.tensor(columns, device="cpu")
+    sizes = torch.as_tensor(source.common or source.each, dtype=torch.int64, device="cpu")
+    return sizes[..., 0] - height, sizes[..., 1] - width
 
 
 def _random_place(room: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:

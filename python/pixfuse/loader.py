@@ -48,7 +48,8 @@ class DeviceLoader:
     the GPU. The consumer's current stream waits for a batch, the host does not; only the background
     thread waits, when the GPU is more than ``prefetch`` batches behind. The results belong to the
     stream that was current when they were asked for, so that their memory is free for use there
-    as soon as they are dropped.
+    as soon as they are dropped. This path has not yet run on a GPU; the tests run it on a model of
+    one.
 
     Breaking out of a loop, or dropping or closing (``close()``) its iterator, ends the thread and
     lets go of the loader's own iterator. Every ``iter()`` starts afresh; several may run at once
