@@ -4,6 +4,7 @@ import copy
 import gc
 import os
 import pickle
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -148,6 +149,28 @@ def test_what_the_worker_still_looks_at_is_left_alone() -> None:
     for images, labels in loader_of(keeping, 80):
         assert_untouched(images, labels)
         del images
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_fork_while_another_thread_drops_a_batch() -> None:
+    held, forked = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with _shared_memory._fence:
+            held.set()
+            forked.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    child = os.fork()
+    if child == 0:
+        for _ in range(2):  # the second asks whether the first block is free
+            _shared_memory.shared_output((1, 3, 4, 4), torch.uint8, torch.contiguous_format)
+        os._exit(0)
+    forked.set()
+    thread.join()
+    assert wait_for(child, seconds=20) == 0
 
 
 def test_a_fork_of_the_consumer_gives_nothing_back() -> None:

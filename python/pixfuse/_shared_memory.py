@@ -34,6 +34,15 @@ _owner = 0
 _fence = threading.RLock()
 
 
+def _renew_fence() -> None:
+    """In a fork: the thread that may have held the fence is not there to let go of it."""
+    global _fence  # noqa: PLW0603
+    _fence = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_renew_fence)
+
+
 class SharedTensor(torch.Tensor):
     """A tensor in a block; all that is computed from it is an ordinary tensor."""
 
