@@ -111,11 +111,13 @@ def shared_output(
     """Uninitialized shared memory for a batch that will be sent to another process."""
     strides = dense_strides(shape, memory_format is torch.channels_last)
     needed = dtype.itemsize * shape[0] * shape[1] * shape[2] * shape[3]
-    block = _free_block(_round_up(needed))
+    with _fence:  # a worker may have threads of its own
+        block = _free_block(_round_up(needed))
+        if block is not None:
+            block.in_use_here = True
     if block is None:  # as torch's own collate does it
         storage = torch.UntypedStorage._new_shared(needed, device="cpu")
         return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, shape, strides)
-    block.in_use_here = True
     plain = _tensor(block.storage, block.nbytes, shape, strides, dtype, block.drop)
     tensor = plain.as_subclass(SharedTensor)
     tensor.block = block
