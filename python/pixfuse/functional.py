@@ -223,7 +223,7 @@ def _check_out(
     if layout_code == LAYOUT_CODES["NHWC"]:
         shape = (*shape[:-3], shape[-1], *shape[-3:-1])
     check_out("normalize", out, shape, dtype, images.device)
-    if memory_format is not torch.contiguous_format or not out.is_contiguous():
+    if memory_format is torch.preserve_format or not out.is_contiguous(memory_format=memory_format):
         nchw = view_as_nchw(images, layout_code)
         strides = dense_strides(nchw.shape, resolve_channels_last(nchw, memory_format))
         check_strides("normalize", out, strides, memory_format)
