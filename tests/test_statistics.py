@@ -195,6 +195,58 @@ def test_a_batch_is_its_images() -> None:
     assert batch == one_by_one
 
 
+def test_what_follows_from_statistics_stays_as_it_is() -> None:
+    images = dataset(9)
+    first = ChannelStatistics("train", folds=3)
+    first.update(images[:5], keys=names(9)[:5])
+    nothing = ChannelStatistics("train", folds=3)
+    followed = [first + nothing, nothing + first, first - nothing, *first.folds(3)]
+    saved = [statistics._to_dict() for statistics in followed]
+    counts = first.counts.clone()
+    first.update(images[5:], keys=names(9)[5:])
+    assert [statistics._to_dict() for statistics in followed] == saved
+    followed[0].update(images[5:], keys=names(9)[5:])
+    assert followed[0] == first
+    assert not torch.equal(first.counts, counts)
+
+
+def test_a_refused_batch_changes_nothing() -> None:
+    statistics = counted(2)
+    saved = statistics._to_dict()
+    for keys in (["c", "a"], ["c", "c"], ["c"]):
+        with pytest.raises(ValueError, match=r"ChannelStatistics.update: expected "):
+            statistics.update(random_bytes(2, 3, 4, 5), keys=keys)
+    assert statistics._to_dict() == saved
+
+
+class OnlyLookedUp:
+    """A set whose members cannot be gone through."""
+
+    def __init__(self, members: set[int]) -> None:
+        self.members = members
+
+    def __contains__(self, member: int) -> bool:
+        return member in self.members
+
+    def __ior__(self, more: set[int]) -> "OnlyLookedUp":
+        self.members |= more
+        return self
+
+
+@pytest.mark.parametrize("folds", [1, 5])
+def test_a_batch_costs_the_same_however_much_was_counted(folds: int) -> None:
+    statistics = ChannelStatistics(folds=folds)
+    statistics.update(random_bytes(30, 1, 1, 1), keys=names(30))
+    for part in statistics._parts:
+        assert part is not None
+        part.ids = OnlyLookedUp(part.ids)  # type: ignore[assignment]
+    statistics.update(random_bytes(8, 1, 1, 1), keys=[f"new {i}" for i in range(8)])
+    assert statistics.images == statistics.pixels == 38
+    for repeated in ("new 3", names(30)[7]):
+        with pytest.raises(ValueError, match=f"keys that are new, got '{repeated}' again"):
+            statistics.update(random_bytes(1, 1, 1, 1), keys=[repeated])
+
+
 def test_overlap_is_warned_of() -> None:
     images = dataset(4)
     a, b = statistics_of(images[:3], "train"), statistics_of(images[2:], "test")
@@ -321,6 +373,21 @@ mine = range(rank, 11, world)
 statistics.update([images[i] for i in mine], keys=[names(11)[i] for i in mine])
 statistics.all_reduce()
 statistics.save(f"{folder}/{world}-{rank}.json")
+
+# Once more would count every image once more for each process: without keys, nothing would tell.
+without_keys = ChannelStatistics("train")
+without_keys.update([images[i] for i in mine])
+without_keys.all_reduce()
+one_is_enough = without_keys if rank == 0 else ChannelStatistics("train")
+for again in (statistics, without_keys, one_is_enough, without_keys + without_keys):
+    before = again.images
+    try:
+        again.all_reduce()
+    except RuntimeError as error:
+        assert "all_reduce: expected statistics of one process each, got" in str(error), error
+    else:
+        raise AssertionError("counted twice")
+    assert again.images == before
 torch.distributed.destroy_process_group()
 """
 

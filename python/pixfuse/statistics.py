@@ -70,6 +70,16 @@ class _Part:
     def empty(channels: int) -> _Part:
         return _Part(np.zeros((channels, 256), np.int64), [0] * channels)
 
+    def add(self, other: _Part) -> None:
+        """In place: to add a batch costs the same however much has been counted."""
+        self.counts += other.counts
+        self.image_std_sums = [
+            a + b for a, b in zip(self.image_std_sums, other.image_std_sums, strict=True)
+        ]
+        self.images += other.images
+        self.pixels += other.pixels
+        self.ids |= other.ids
+
     def combined(self, other: _Part, sign: int) -> _Part:
         sums = zip(self.image_std_sums, other.image_std_sums, strict=True)
         return _Part(
@@ -115,7 +125,9 @@ class ChannelStatistics:
         if folds < 1:
             raise ValueError(f"ChannelStatistics: expected folds to be 1 or more, got {folds}")
         self.split = split
+        # Every part belongs to these statistics alone.
         self._parts: list[_Part | None] = [None] * folds
+        self._reduced = False  # whether all_reduce has put other processes' images in
 
     # --- counting ---
 
@@ -149,11 +161,14 @@ class ChannelStatistics:
         whole = len(self._parts) == 1
         if count == 0:
             return
-        added: list[_Part] = [_Part.empty(channels) for _ in self._parts]
-        if whole:
-            added[0].counts += channel_histogram(images, input_layout).cpu().numpy()
-        for n in range(count):
-            part = added[0 if whole else ids[n] % len(self._parts)]
+        added: dict[int, _Part] = {}
+        for n, (of_sums, of_squares) in enumerate(
+            zip(sums.tolist(), squares.tolist(), strict=True)
+        ):
+            fold = 0 if whole else ids[n] % len(self._parts)
+            if fold not in added:
+                added[fold] = _Part.empty(channels)
+            part = added[fold]
             if not whole:
                 image = images if getattr(images, "ndim", 0) == 3 else images[n]
                 one: Any = [image] if isinstance(images, (list, tuple)) else image
@@ -163,11 +178,16 @@ class ChannelStatistics:
             part.pixels += pixels
             part.ids.update(ids[n : n + 1])
             for c in range(channels):
-                spread = pixels * int(squares[n, c]) - int(sums[n, c]) ** 2
+                spread = pixels * of_squares[c] - of_sums[c] ** 2
                 part.image_std_sums[c] += math.isqrt(spread << (2 * _STD_BITS)) // pixels
-        for index, part in enumerate(added):
-            before = self._parts[index]
-            self._parts[index] = part if before is None else before.combined(part, 1)
+        if whole:
+            added[0].counts += channel_histogram(images, input_layout).cpu().numpy()
+        for fold, part in added.items():  # nothing fails from here on
+            before = self._parts[fold]
+            if before is None:
+                self._parts[fold] = part
+            else:
+                before.add(part)
 
     def _new_ids(self, keys: Sequence[str] | None, count: int) -> list[int]:
         if keys is None:
@@ -183,29 +203,26 @@ class ChannelStatistics:
                 f"ChannelStatistics.update: expected one key for each of {count} images, got {got}"
             )
         ids = [_id_of(key) for key in keys]
-        seen: set[int] = set().union(*(part.ids for part in self._parts if part is not None))
+        batch: set[int] = set()
         for key, number in zip(keys, ids, strict=True):
-            if number in seen:
+            part = self._parts[number % len(self._parts)]
+            if number in batch or (part is not None and number in part.ids):
                 raise ValueError(
                     f"ChannelStatistics.update: expected keys that are new, got {key!r} again"
                 )
-            seen.add(number)
+            batch.add(number)
         return ids
 
     def _check_channels(self, method: str, channels: int) -> None:
-        known = self._total_or_none()
-        if known is not None and len(known.counts) != channels:
+        known = next((len(part.counts) for part in self._parts if part is not None), channels)
+        if known != channels:
             raise ValueError(
-                f"ChannelStatistics.{method}: expected images of {len(known.counts)} channels, as "
-                f"before, got {channels}"
+                f"ChannelStatistics.{method}: expected images of {known} channels, as before, got "
+                f"{channels}"
             )
 
     def _total_or_none(self) -> _Part | None:
-        total: _Part | None = None
-        for part in self._parts:
-            if part is not None:
-                total = part if total is None else total.combined(part, 1)
-        return total
+        return _sum_of([part for part in self._parts if part is not None])
 
     def _total(self, what: str) -> _Part:
         total = self._total_or_none()
@@ -221,19 +238,17 @@ class ChannelStatistics:
     @property
     def images(self) -> int:
         """How many images were counted."""
-        total = self._total_or_none()
-        return 0 if total is None else total.images
+        return sum(part.images for part in self._parts if part is not None)
 
     @property
     def pixels(self) -> int:
         """How many pixels were counted, each with all its channels."""
-        total = self._total_or_none()
-        return 0 if total is None else total.pixels
+        return sum(part.pixels for part in self._parts if part is not None)
 
     @property
     def counts(self) -> torch.Tensor:
         """The histogram of each channel: int64 (C, 256)."""
-        return torch.from_numpy(self._total("counts").counts.copy())
+        return torch.from_numpy(self._total("counts").counts)
 
     @property
     def mean(self) -> tuple[float, ...]:
@@ -313,8 +328,7 @@ class ChannelStatistics:
     @property
     def fingerprint(self) -> str:
         """A SHA-256 of the keys that were counted, in whatever order; of nothing without keys."""
-        total = self._total_or_none()
-        ids = sorted(total.ids) if total is not None else []
+        ids = sorted(self._ids())
         return hashlib.sha256(b"".join(i.to_bytes(8, "big") for i in ids)).hexdigest()
 
     # --- together and apart ---
@@ -377,12 +391,12 @@ class ChannelStatistics:
         result = ChannelStatistics(
             self.split if same else f"{self.split}+{other.split}", len(self._parts)
         )
+        result._reduced = self._reduced or other._reduced
         for index, (a, b) in enumerate(zip(self._parts, other._parts, strict=True)):
-            if b is None:
-                result._parts[index] = a
-            else:
-                base = _Part.empty(len(b.counts)) if a is None else a
-                result._parts[index] = base.combined(b, sign)
+            either = a or b
+            if either is not None:
+                empty = _Part.empty(len(either.counts))
+                result._parts[index] = (a or empty).combined(b or empty, sign)
         return result
 
     def folds(self, k: int) -> list[ChannelStatistics]:
@@ -409,17 +423,15 @@ class ChannelStatistics:
         training = []
         for fold in range(k):
             result = ChannelStatistics(f"{self.split}-fold{fold}of{k}")
-            parts = [part for i, part in enumerate(self._parts) if i % k != fold and part]
-            if parts:
-                total = parts[0]
-                for part in parts[1:]:
-                    total = total.combined(part, 1)
-                result._parts = [total]
+            result._parts = [
+                _sum_of([part for i, part in enumerate(self._parts) if i % k != fold and part])
+            ]
+            result._reduced = self._reduced
             training.append(result)
         return training
 
     def all_reduce(self, group: Any = None) -> None:
-        """Add up the statistics of all processes of a group, in each of them.
+        """Add up the statistics of all processes of a group, in each of them; once.
 
         Args:
             group: of ``torch.distributed``; None for all processes.
@@ -428,7 +440,8 @@ class ChannelStatistics:
             Nothing; afterwards every process has the sum, the same bits as one process would have.
 
         Raises:
-            RuntimeError: ``torch.distributed`` is not initialized.
+            RuntimeError: ``torch.distributed`` is not initialized, or these statistics have been
+                added up before: the images would count once more for each process.
             ValueError: the processes have different channel counts or folds.
         """
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
@@ -437,13 +450,22 @@ class ChannelStatistics:
                 "torch.distributed.init_process_group first"
             )
         gathered: list[Any] = [None] * torch.distributed.get_world_size(group)
-        torch.distributed.all_gather_object(gathered, self._to_dict(), group=group)
+        own = (self._reduced, self._to_dict())
+        torch.distributed.all_gather_object(gathered, own, group=group)
+        # After the exchange, so that all processes fail when one does.
+        if any(reduced for reduced, _ in gathered):
+            raise RuntimeError(
+                "ChannelStatistics.all_reduce: expected statistics of one process each, got the "
+                "sum of several, whose images would count again; call it once, after the last "
+                "update()"
+            )
         total = ChannelStatistics(self.split, len(self._parts))
-        for content in gathered:
+        for _, content in gathered:
             one = ChannelStatistics._from_dict(content, "ChannelStatistics.all_reduce")
             one.split = self.split
             total = total + one
         self._parts = total._parts
+        self._reduced = True
 
     # --- files ---
 
@@ -559,6 +581,16 @@ def _read_part(saved: dict[str, Any]) -> _Part:
     if len(packed) % 8 != 0 or len(ids) > part.images or len(ids) != len(part.ids):
         raise ValueError(f"{len(ids)} keys for {part.images} images")
     return part
+
+
+def _sum_of(parts: list[_Part]) -> _Part | None:
+    """A part of its own; None for the sum of none."""
+    if not parts:
+        return None
+    total = _Part.empty(len(parts[0].counts))
+    for part in parts:
+        total.add(part)
+    return total
 
 
 def _moments(part: _Part) -> list[tuple[int, int]]:
