@@ -247,12 +247,16 @@ def test_pillow_modes(mode: str, like: str) -> None:
     color = PIL.Image.fromarray(random_bytes(9, 11, 3).numpy())
     if mode in ("LAB", "PA", "RGBX"):
         image = PIL.Image.new(mode, (11, 9), 5 if mode == "PA" else (5, 200, 30, 9)[: len(mode)])
+    elif mode == "P":
+        image = color.convert("P")
     else:
         image = color.convert("RGBA").convert({"La": "LA"}.get(mode, mode)).convert(mode)
     converted = (image.convert("LA") if mode == "La" else image).convert(like)
     pixels = np.asarray(converted)
     expected = pixfuse.reference.channel_histogram([pixels])
     assert torch.equal(pixfuse.channel_histogram([image]), expected)
+    same = pixfuse.crop_mirror_normalize([image], dtype=torch.uint8)  # what other operators read
+    assert torch.equal(pixfuse.channel_histogram(same), expected)
 
 
 def test_a_palette_with_transparency_is_rgba() -> None:
@@ -296,12 +300,12 @@ BAD_CALLS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "list of batches": (
         lambda: [IMAGES[0], IMAGES],
         ValueError,
-        r"images\[1\] of shape \(C, H, W\), as tensors have it, got \(2, 3, 4, 5\)",
+        r"images\[1\] to be a tensor of shape \(C, H, W\), got shape \(2, 3, 4, 5\); a batch",
     ),
     "list of arrays": (
         lambda: [IMAGES.numpy()],
         ValueError,
-        r"images\[0\] of shape \(H, W\) or \(H, W, C\), as arrays have it",
+        r"images\[0\] to have shape \(H, W\) or \(H, W, C\), got \(2, 3, 4, 5\)",
     ),
     "list of floats": (
         lambda: [IMAGES[0], IMAGES[0].float()],
@@ -316,7 +320,7 @@ BAD_CALLS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "no pixels": (
         lambda: [IMAGES[0], IMAGES[0, :, :0]],
         ValueError,
-        r"images\[1\] to have pixels, got shape \(3, 0, 5\)",
+        r"images\[1\] to have pixels, got 0 x 5 of 3 channels",
     ),
     "channel counts": (
         lambda: [IMAGES[0], IMAGES[0, :1]],
@@ -331,12 +335,12 @@ BAD_CALLS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "16 bits": (
         lambda: [PIL.Image.new("I;16", (3, 3))],
         TypeError,
-        r"images\[0\] of a mode with 8 bits per channel, got 'I;16'.*convert",
+        r"images\[0\] of a Pillow mode with 8 bits per channel, got mode 'I;16'.*convert",
     ),
     "truncated": (
         lambda: [IMAGES[0], truncated()],
         OSError,
-        r"images\[1\] to be readable, got: ",
+        r"images\[1\] to be an image that Pillow can read, got OSError: ",
     ),
 }
 

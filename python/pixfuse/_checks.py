@@ -1,12 +1,19 @@
-"""Checks that several functions share; each names the function that it speaks for."""
+"""Checks that several functions share; each error is in the words of its function."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
-from pixfuse._library import DTYPE_CODES
+from pixfuse._library import (
+    CUDA_LOADED,
+    CUDA_STATE,
+    DTYPE_CODES,
+    LAYOUT_CODES,
+    MEMORY_FORMAT_CODES,
+)
 from pixfuse.normalization import Normalization
 
 #: The largest finite value that each dtype can hold.
@@ -28,14 +35,126 @@ def raise_too_large(function: str, normalization: Normalization, dtype: torch.dt
     )
 
 
+class _Writable:
+    """A numpy array's memory under an interface that says writable; keeps the array alive.
+
+    torch warns of every read-only array, although nothing here writes to it.
+    """
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array
+        interface = dict(array.__array_interface__)
+        interface["data"] = (interface["data"][0], False)
+        self.__array_interface__ = interface
+
+
+def tensor_of_array(array: np.ndarray) -> torch.Tensor:
+    """The memory of an array as a tensor, without a copy, whether or not it is writable."""
+    return torch.from_numpy(array if array.flags.writeable else np.asarray(_Writable(array)))
+
+
+def check_choice(function: str, argument: str, value: object, choices: dict[Any, int]) -> int:
+    """The number of a named option."""
+    code = choices.get(value) if isinstance(value, str) else None
+    if code is None:
+        names = " or ".join(repr(name) for name in choices)
+        raise ValueError(f"{function}: expected {argument} to be {names}, got {value!r}")
+    return code
+
+
+def check_dtype(function: str, dtype: torch.dtype) -> int:
+    """The number of a dtype that results of floats can have."""
+    code = DTYPE_CODES.get(dtype)
+    if code is None:
+        raise TypeError(
+            f"{function}: expected dtype to be torch.float32, float16 or bfloat16, got {dtype}"
+        )
+    return code
+
+
+def check_memory_format(function: str, memory_format: torch.memory_format) -> int:
+    """The number of a memory format, ``torch.preserve_format`` among them."""
+    code = MEMORY_FORMAT_CODES.get(memory_format)
+    if code is None:
+        raise ValueError(
+            f"{function}: expected memory_format to be torch.contiguous_format, channels_last or "
+            f"preserve_format, got {memory_format}"
+        )
+    return code
+
+
+def check_device(function: str, name: str, tensor: torch.Tensor) -> None:
+    """A dense tensor, on a device that has a kernel."""
+    if tensor.layout is not torch.strided:
+        raise NotImplementedError(
+            f"{function}: expected {name} to be a dense tensor, got layout {tensor.layout}; pass "
+            f"{name}.to_dense()"
+        )
+    if not (tensor.is_cpu or (CUDA_LOADED and tensor.is_cuda)):
+        device = tensor.device.type
+        because = f" ({CUDA_STATE})" if device == "cuda" else ""
+        raise NotImplementedError(
+            f"{function}: expected {name} on a device that has a kernel "
+            f"({'cpu, cuda' if CUDA_LOADED else 'cpu'}), got {device}{because}; move them with "
+            f"{name}.cpu()"
+        )
+
+
+def check_bytes(function: str, name: str, pixels: torch.Tensor | np.ndarray) -> None:
+    """Pixels of dtype uint8; a tensor of them dense, on a device that has a kernel."""
+    is_tensor = isinstance(pixels, torch.Tensor)
+    if pixels.dtype != (torch.uint8 if is_tensor else np.uint8):
+        raise TypeError(
+            f"{function}: expected {name} of dtype uint8, got {pixels.dtype}; pixels must still be "
+            "bytes from 0 to 255: convert them to float here, not before"
+        )
+    if isinstance(pixels, torch.Tensor):
+        check_device(function, name, pixels)
+
+
+def tensor_of_images(function: str, images: object) -> torch.Tensor:
+    """A batch or image as a tensor; of an array's memory without a copy."""
+    if isinstance(images, torch.Tensor):
+        return images
+    if not isinstance(images, np.ndarray):
+        hint = "; stack them first" if isinstance(images, (list, tuple)) else ""
+        raise TypeError(
+            f"{function}: expected images to be a torch.Tensor or a numpy.ndarray, got "
+            f"{type(images).__name__}{hint}"
+        )
+    check_bytes(function, "images", images)
+    if any(stride < 0 for stride in images.strides):
+        raise ValueError(
+            f"{function}: expected images to have no negative strides, got {images.strides}; torch "
+            "has none: pass images.copy()"
+        )
+    return tensor_of_array(images)
+
+
+def check_images(function: str, images: object, input_layout: str) -> tuple[torch.Tensor, int]:
+    """A uint8 batch or image as a tensor, and the number of its layout."""
+    tensor = tensor_of_images(function, images)
+    layout_code = check_choice(function, "input_layout", input_layout, LAYOUT_CODES)
+    check_bytes(function, "images", tensor)
+    if tensor.ndim not in (3, 4):
+        raise ValueError(
+            f"{function}: expected images to have 4 dimensions (a batch) or 3 (one image), got "
+            f"shape {tuple(tensor.shape)}"
+        )
+    return tensor, layout_code
+
+
 def check_out(
     function: str,
     out: torch.Tensor,
     shape: tuple[int, ...],
     dtype: torch.dtype,
     device: torch.device,
+    source: str = "images",
+    dtype_hint: str = "; pass dtype=",
+    shape_hint: str = "",
 ) -> None:
-    """All of a caller's output but its strides and where it lies."""
+    """All of a caller's output but its strides and where it lies; ``source`` is the input."""
     if not isinstance(out, torch.Tensor):
         raise TypeError(f"{function}: expected out to be a torch.Tensor, got {type(out).__name__}")
     if out.layout is not torch.strided:
@@ -43,14 +162,14 @@ def check_out(
             f"{function}: expected out to be a dense tensor, got layout {out.layout}"
         )
     if out.dtype is not dtype:
-        raise TypeError(f"{function}: expected out of dtype {dtype}, got {out.dtype}; pass dtype=")
+        raise TypeError(f"{function}: expected out of dtype {dtype}, got {out.dtype}{dtype_hint}")
     if out.device != device:
         raise ValueError(
-            f"{function}: expected out on the device of images ({device}), got {out.device}"
+            f"{function}: expected out on the device of {source} ({device}), got {out.device}"
         )
     if out.shape != shape:
         raise ValueError(
-            f"{function}: expected out of shape {tuple(shape)}, got {tuple(out.shape)}"
+            f"{function}: expected out of shape {tuple(shape)}{shape_hint}, got {tuple(out.shape)}"
         )
     if out.requires_grad:
         raise ValueError(

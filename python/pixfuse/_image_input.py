@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from pixfuse import _images
-from pixfuse._library import CUDA_LOADED, CUDA_STATE
+from pixfuse._checks import check_bytes, tensor_of_array
+from pixfuse._library import ELEMENT_CODES
 
 _NAME = "crop_mirror_normalize"
 
@@ -76,38 +77,28 @@ def _as_sequence(images: Any) -> Sequence[Any]:
     return images
 
 
-def _check_tensor(tensor: torch.Tensor, name: str) -> None:
-    if tensor.dtype is not torch.uint8:
-        raise TypeError(
-            f"{_NAME}: expected {name} of dtype uint8, got {tensor.dtype}; pixels must still be "
-            "bytes from 0 to 255: convert them to float here, not before"
-        )
-    if tensor.layout is not torch.strided:
-        raise NotImplementedError(
-            f"{_NAME}: expected {name} to be a dense tensor, got layout {tensor.layout}; pass "
-            "images.to_dense()"
-        )
-    if not (tensor.is_cpu or (CUDA_LOADED and tensor.is_cuda)):
-        device = tensor.device.type
-        because = f" ({CUDA_STATE})" if device == "cuda" else ""
-        raise NotImplementedError(
-            f"{_NAME}: expected {name} on a device that has a kernel "
-            f"({'cpu, cuda' if CUDA_LOADED else 'cpu'}), got {device}{because}; move them with "
-            "images.cpu()"
-        )
-
-
-def _check_not_empty(tensor: torch.Tensor, name: str) -> None:
-    channels, height, width = tensor.shape[-3:]
+def _check_not_empty(function: str, name: str, shape: Sequence[int]) -> None:
+    channels, height, width = shape
     if channels == 0 or height == 0 or width == 0:
         raise ValueError(
-            f"{_NAME}: expected {name} to have pixels, got {height} x {width} of {channels} "
+            f"{function}: expected {name} to have pixels, got {height} x {width} of {channels} "
             "channels"
         )
 
 
+def _check_tensor(function: str, name: str, image: torch.Tensor) -> None:
+    """A tensor of a list."""
+    check_bytes(function, name, image)
+    if image.ndim != 3:
+        raise ValueError(
+            f"{function}: expected {name} to be a tensor of shape (C, H, W), got shape "
+            f"{tuple(image.shape)}; a batch goes in alone, without a list around it"
+        )
+    _check_not_empty(function, name, image.shape)
+
+
 def _read_batch(images: torch.Tensor) -> Images:
-    _check_tensor(images, "images")
+    check_bytes(_NAME, "images", images)
     if images.ndim != 4:
         hint = "; pass [image] for one image" if images.ndim == 3 else ""
         raise ValueError(
@@ -117,7 +108,7 @@ def _read_batch(images: torch.Tensor) -> Images:
     count, channels, height, width = images.shape
     if count == 0:
         raise ValueError(f"{_NAME}: expected images to hold at least 1 image, got none")
-    _check_not_empty(images, "images")
+    _check_not_empty(_NAME, "images", images.shape[-3:])
     return Images(None, [images], images.device, count, (height, width, channels), None)
 
 
@@ -131,18 +122,12 @@ def _read_tensors(images: Sequence[Any]) -> Images:
                 f"{_NAME}: expected {name} to be a tensor on {device}, as images[0] is, got "
                 f"{type(image).__name__}; images must be on one device"
             )
-        _check_tensor(image, name)
+        _check_tensor(_NAME, name, image)
         if image.device != device:
             raise ValueError(
                 f"{_NAME}: expected {name} on {device}, as images[0] is, got {image.device}; "
                 "images must be on one device"
             )
-        if image.ndim != 3:
-            raise ValueError(
-                f"{_NAME}: expected {name} to be a tensor of shape (C, H, W), got shape "
-                f"{tuple(image.shape)}; a batch goes in alone, without a list around it"
-            )
-        _check_not_empty(image, name)
         channels, height, width = image.shape
         shapes.append((height, width, channels))
     tensors = list(images)
@@ -150,3 +135,50 @@ def _read_tensors(images: Sequence[Any]) -> Images:
         return Images(None, tensors, device, len(tensors), shapes[0], shapes)
     each = shapes if torch.compiler.is_compiling() else np.array(shapes)
     return Images(None, tensors, device, len(tensors), None, each)
+
+
+def is_pillow(image: object) -> bool:
+    """Whether this is a Pillow image; Pillow is not imported to find out."""
+    module = sys.modules.get("PIL.Image")
+    return module is not None and isinstance(image, module.Image)
+
+
+def read_image(function: str, image: object, index: int) -> torch.Tensor:
+    """One image of a list as a (C, H, W) tensor: arrays and tensors in place, on any device."""
+    name = f"images[{index}]"
+    if isinstance(image, torch.Tensor):
+        _check_tensor(function, name, image)
+        return image
+    if isinstance(image, np.ndarray):
+        check_bytes(function, name, image)
+        if image.ndim not in (2, 3):
+            raise ValueError(
+                f"{function}: expected {name} to have shape (H, W) or (H, W, C), got {image.shape}"
+            )
+        if any(stride < 0 for stride in image.strides):
+            image = image.copy()  # torch has no negative strides, even of one element
+        pixels = tensor_of_array(image)
+        pixels = pixels.unsqueeze(0) if pixels.ndim == 2 else pixels.permute(2, 0, 1)
+        _check_not_empty(function, name, pixels.shape)
+        return pixels
+    return _copied(function, image, index)
+
+
+def _copied(function: str, image: object, index: int) -> torch.Tensor:
+    """The pixels of a Pillow image, read by the one table of modes; raises for what is none."""
+    try:
+        memory = _images.read([image], _pillow_exports_memory())
+    except (OSError, TypeError, ValueError) as error:
+        # It speaks of the only image of its list, and for another function.
+        theirs, ours = f"{_NAME}: expected images[0]", f"{function}: expected images[{index}]"
+        raise type(error)(str(error).replace(theirs, ours, 1)) from error.__cause__
+    height, width, channels = memory.sizes[0].tolist()
+    pixels = torch.empty(
+        (1, channels, height, width), dtype=torch.uint8, memory_format=torch.channels_last
+    )
+    unturned = np.zeros((1, 4), np.int64)
+    unchanged = ((0.0,), (1.0,), 0, (0.0,), False, ELEMENT_CODES[torch.uint8])
+    memory.crop_mirror_normalize(
+        unturned, channels, height, width, *unchanged, pixels.data_ptr(), pixels.stride(), 0
+    )
+    return pixels[0]

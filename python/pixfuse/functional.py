@@ -11,17 +11,18 @@ import torch
 
 from pixfuse._checks import (
     LARGEST,
+    check_dtype,
+    check_images,
     check_is_normalization,
+    check_memory_format,
     check_out,
     check_strides,
     raise_too_large,
     share_memory,
+    tensor_of_images,
 )
 from pixfuse._image_input import Images, read_images
 from pixfuse._library import (
-    CUDA_LOADED,
-    CUDA_STATE,
-    DTYPE_CODES,
     ELEMENT_CODES,
     LAYOUT_CODES,
     MEMORY_FORMAT_CODES,
@@ -85,28 +86,12 @@ def normalize(
     Source:
         torchvision ``transforms.v2``; the table of roundings in :class:`pixfuse.Normalization`.
     """
-    if not isinstance(images, torch.Tensor):
-        images = _tensor_from_numpy(images)
-    layout_code = LAYOUT_CODES.get(input_layout)
-    if layout_code is None:
-        raise ValueError(
-            f"normalize: expected input_layout to be 'NCHW' or 'NHWC', got {input_layout!r}"
-        )
-    _check_images(images)
+    images, layout_code = check_images("normalize", images, input_layout)
     _check_normalization(images, normalization, input_layout)
-    dtype_code = DTYPE_CODES.get(dtype)
-    if dtype_code is None:
-        raise TypeError(
-            f"normalize: expected dtype to be torch.float32, float16 or bfloat16, got {dtype}"
-        )
+    dtype_code = check_dtype("normalize", dtype)
     if normalization.largest > LARGEST[dtype]:
         raise_too_large("normalize", normalization, dtype)
-    memory_format_code = MEMORY_FORMAT_CODES.get(memory_format)
-    if memory_format_code is None:
-        raise ValueError(
-            "normalize: expected memory_format to be torch.contiguous_format, channels_last or "
-            f"preserve_format, got {memory_format}"
-        )
+    memory_format_code = check_memory_format("normalize", memory_format)
     if out is None:
         return torch.ops.pixfuse.normalize.default(  # type: ignore[no-any-return]
             images,
@@ -131,66 +116,8 @@ def normalize(
     return out
 
 
-class _Writable:
-    """A numpy array's memory under an interface that says writable; keeps the array alive.
-
-    torch warns of every read-only array, although nothing here writes to it.
-    """
-
-    def __init__(self, array: np.ndarray) -> None:
-        self.array = array
-        interface = dict(array.__array_interface__)
-        interface["data"] = (interface["data"][0], False)
-        self.__array_interface__ = interface
-
-
 def _tensor_from_numpy(images: object) -> torch.Tensor:
-    if not isinstance(images, np.ndarray):
-        hint = "; stack them first" if isinstance(images, (list, tuple)) else ""
-        raise TypeError(
-            "normalize: expected images to be a torch.Tensor or a numpy.ndarray, got "
-            f"{type(images).__name__}{hint}"
-        )
-    if images.dtype != np.uint8:
-        raise TypeError(_dtype_message(images.dtype))
-    if any(stride < 0 for stride in images.strides):
-        raise ValueError(
-            f"normalize: expected images to have no negative strides, got {images.strides}; torch "
-            "has none: pass numpy.ascontiguousarray(images)"
-        )
-    if not images.flags.writeable:
-        images = np.asarray(_Writable(images))
-    return torch.from_numpy(images)
-
-
-def _dtype_message(dtype: object) -> str:
-    return (
-        f"normalize: expected images of dtype uint8, got {dtype}; pixels must still be bytes from "
-        "0 to 255: convert them to float here, not before"
-    )
-
-
-def _check_images(images: torch.Tensor) -> None:
-    if images.dtype is not torch.uint8:
-        raise TypeError(_dtype_message(images.dtype))
-    if images.layout is not torch.strided:
-        raise NotImplementedError(
-            f"normalize: expected images to be a dense tensor, got layout {images.layout}; pass "
-            "images.to_dense()"
-        )
-    if images.ndim not in (3, 4):
-        raise ValueError(
-            "normalize: expected images to have 4 dimensions (a batch) or 3 (one image), got shape "
-            f"{tuple(images.shape)}"
-        )
-    if not (images.is_cpu or (CUDA_LOADED and images.is_cuda)):
-        device = images.device.type
-        because = f" ({CUDA_STATE})" if device == "cuda" else ""
-        raise NotImplementedError(
-            "normalize: expected images on a device that has a kernel "
-            f"({'cpu, cuda' if CUDA_LOADED else 'cpu'}), got {device}{because}; move them with "
-            "images.cpu()"
-        )
+    return tensor_of_images("normalize", images)
 
 
 def _check_normalization(

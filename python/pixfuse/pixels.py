@@ -9,15 +9,18 @@ from typing import Any, Literal, SupportsFloat, overload
 import numpy as np
 import torch
 
-from pixfuse._checks import share_memory
-from pixfuse._library import DTYPE_CODES, LAYOUT_CODES, MEMORY_FORMAT_CODES, nhwc_shape
-from pixfuse._pixel_checks import (
+from pixfuse._checks import (
     check_choice,
     check_device,
+    check_dtype,
     check_images,
-    is_pillow,
-    read_image,
+    check_is_normalization,
+    check_memory_format,
+    check_out,
+    share_memory,
 )
+from pixfuse._image_input import is_pillow, read_image
+from pixfuse._library import DTYPE_CODES, LAYOUT_CODES, nhwc_shape
 from pixfuse.normalization import Normalization
 
 #: A batch, an image, or a list of images of any sizes (Pillow images are not named: optional).
@@ -206,11 +209,7 @@ def denormalize(
             "denormalize: expected tensor of shape (N, C, H, W) or (C, H, W), got "
             f"{tuple(tensor.shape)}"
         )
-    if not isinstance(normalization, Normalization):
-        raise TypeError(
-            "denormalize: expected normalization to be a pixfuse.Normalization, got "
-            f"{type(normalization).__name__}; use pixfuse.Normalization(mean, std)"
-        )
+    check_is_normalization("denormalize", normalization)
     count = len(normalization.mean)
     if count not in (1, tensor.shape[-3]):
         raise ValueError(
@@ -316,17 +315,8 @@ def standardize_per_image(
                 f"{name}: expected floor to be 'tensorflow' or a number above 0 (finite, "
                 f"{_LEAST_FLOOR:g} or more), in units of 0 to 255, got {floor}"
             )
-    dtype_code = DTYPE_CODES.get(dtype)
-    if dtype_code is None:
-        raise TypeError(
-            f"{name}: expected dtype to be torch.float32, float16 or bfloat16, got {dtype}"
-        )
-    memory_format_code = MEMORY_FORMAT_CODES.get(memory_format)
-    if memory_format_code is None:
-        raise ValueError(
-            f"{name}: expected memory_format to be torch.contiguous_format, channels_last or "
-            f"preserve_format, got {memory_format}"
-        )
+    dtype_code = check_dtype(name, dtype)
+    memory_format_code = check_memory_format(name, memory_format)
     return torch.ops.pixfuse.standardize_per_image.default(  # type: ignore[no-any-return]
         tensor, per_channel, least, layout_code, dtype_code, memory_format_code
     )
@@ -337,25 +327,11 @@ _LEAST_FLOOR = 1e-30
 
 
 def _check_bytes_out(out: torch.Tensor, tensor: torch.Tensor, output_layout: str) -> None:
-    if not isinstance(out, torch.Tensor):
-        raise TypeError(f"denormalize: expected out to be a torch.Tensor, got {type(out).__name__}")
-    if out.dtype is not torch.uint8:
-        raise TypeError(f"denormalize: expected out of dtype torch.uint8, got {out.dtype}")
-    if out.device != tensor.device:
-        raise ValueError(
-            f"denormalize: expected out on the device of tensor ({tensor.device}), got {out.device}"
-        )
     shape = nhwc_shape(tensor.shape) if output_layout == "NHWC" else tuple(tensor.shape)
-    if tuple(out.shape) != shape:
-        raise ValueError(
-            f"denormalize: expected out of shape {shape}, as output_layout is {output_layout!r}, "
-            f"got {tuple(out.shape)}"
-        )
-    if out.layout is not torch.strided or not out.is_contiguous():
-        raise ValueError(
-            "denormalize: expected out to be contiguous, got "
-            + (f"strides {out.stride()}" if out.layout is torch.strided else f"layout {out.layout}")
-        )
+    because = f", as output_layout is {output_layout!r}"
+    check_out("denormalize", out, shape, torch.uint8, tensor.device, "tensor", "", because)
+    if not out.is_contiguous():
+        raise ValueError(f"denormalize: expected out to be contiguous, got strides {out.stride()}")
     # Addresses cannot be traced; the operator asserts the same.
     if not torch.compiler.is_compiling() and share_memory(tensor, out):
         raise ValueError("denormalize: expected out to share no memory with tensor, got an overlap")
