@@ -6,11 +6,13 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <utility>
 
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 class GuardedMemory {
  public:
   GuardedMemory(int64_t bytes, bool) : base_(static_cast<uint8_t*>(std::malloc(bytes))) {}
+  GuardedMemory(GuardedMemory&& other) noexcept : base_(std::exchange(other.base_, nullptr)) {}
   ~GuardedMemory() { std::free(base_); }
   uint8_t* data() const { return base_; }
 
@@ -32,7 +34,13 @@ class GuardedMemory {
     mprotect(base_ + page + inside, page, PROT_NONE);
     data_ = base_ + page + (at_end ? inside - bytes : 0);
   }
-  ~GuardedMemory() { munmap(base_, mapped_bytes_); }
+  GuardedMemory(GuardedMemory&& other) noexcept
+      : base_(std::exchange(other.base_, nullptr)),
+        data_(other.data_),
+        mapped_bytes_(other.mapped_bytes_) {}
+  ~GuardedMemory() {
+    if (base_ != nullptr) munmap(base_, mapped_bytes_);
+  }
   uint8_t* data() const { return data_; }
 
  private:

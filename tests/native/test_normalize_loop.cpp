@@ -7,9 +7,6 @@
 //   threads             the parts of each call run at the same time
 //   crop                only the calls of crop_mirror_normalize
 //   planted=NAME        a fault that must be noticed: see `Planted`
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -17,11 +14,11 @@
 #include <cstring>
 #include <string>
 #include <thread>
-#include <utility>
 #include <vector>
 
 #include "common/isa.h"
 #include "crop_mirror_normalize/crop_mirror_normalize_args.h"
+#include "guarded_memory.h"
 #include "normalize/normalize.h"
 #include "normalize/normalize_constants.h"
 
@@ -43,49 +40,6 @@ constexpr const char* kPlantedNames[] = {"none",       "short_input", "short_out
 Planted planted = Planted::none;
 bool use_threads = false;
 bool only_crops = false;
-
-// --- memory that ends, or begins, where nothing may be touched ---
-
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-class Memory {
- public:
-  Memory(int64_t bytes, bool) : base_(static_cast<uint8_t*>(std::malloc(bytes))) {}
-  Memory(Memory&& other) noexcept : base_(std::exchange(other.base_, nullptr)) {}
-  ~Memory() { std::free(base_); }
-  uint8_t* data() const { return base_; }
-
- private:
-  uint8_t* base_;
-};
-#else
-class Memory {
- public:
-  // The last byte stands before a forbidden page, or the first byte after one.
-  Memory(int64_t bytes, bool at_end) {
-    const int64_t page = sysconf(_SC_PAGESIZE);
-    const int64_t inside = (bytes + page - 1) / page * page;
-    mapped_bytes_ = inside + 2 * page;
-    base_ = static_cast<uint8_t*>(
-        mmap(nullptr, mapped_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-    if (base_ == MAP_FAILED) std::abort();
-    mprotect(base_, page, PROT_NONE);
-    mprotect(base_ + page + inside, page, PROT_NONE);
-    data_ = base_ + page + (at_end ? inside - bytes : 0);
-  }
-  Memory(Memory&& other) noexcept
-      : base_(std::exchange(other.base_, nullptr)),
-        data_(other.data_),
-        mapped_bytes_(other.mapped_bytes_) {}
-  ~Memory() {
-    if (base_ != nullptr) munmap(base_, mapped_bytes_);
-  }
-  uint8_t* data() const { return data_; }
-
- private:
-  uint8_t *base_, *data_;
-  int64_t mapped_bytes_;
-};
-#endif
 
 // --- the formulas, once more ---
 
@@ -285,8 +239,8 @@ bool run(const Case& test) {
   const int64_t cut_images = planted == Planted::short_input ? 1 : 0;
   const int64_t cut_output = planted == Planted::short_output ? 1 : 0;
   const bool misaligned = planted == Planted::misaligned;
-  const Memory images(image_bytes - cut_images, test.at_end);
-  const Memory output(out_bytes - cut_output + (misaligned ? 1 : 0), test.at_end);
+  const GuardedMemory images(image_bytes - cut_images, test.at_end);
+  const GuardedMemory output(out_bytes - cut_output + (misaligned ? 1 : 0), test.at_end);
   for (int64_t i = 0; i < image_bytes - cut_images; ++i) {
     images.data()[i] = test.all_bytes ? static_cast<uint8_t>(i) : next_byte();
   }
@@ -341,7 +295,7 @@ bool run(const Case& test) {
 // --- one call of crop_mirror_normalize: images of any sizes under windows at any place ---
 
 struct Source {
-  Memory memory;
+  GuardedMemory memory;
   ImageSource image;
 };
 
@@ -356,7 +310,7 @@ Source next_source(int64_t channels, bool at_end) {
   turn(strides, next_turns(1));
   const Reach bytes = reach(sizes, strides);
   const int64_t cut = planted == Planted::short_input ? 1 : 0;
-  Source source{Memory(bytes.before + bytes.end - cut, at_end), {}};
+  Source source{GuardedMemory(bytes.before + bytes.end - cut, at_end), {}};
   for (int64_t i = 0; i < bytes.before + bytes.end - cut; ++i)
     source.memory.data()[i] = next_byte();
   source.image = {source.memory.data() + bytes.before,
@@ -398,8 +352,8 @@ bool run_crop(Isa isa, ElementType dtype, int64_t channels, Layout output) {
   set_strides(strides, sizes, output);
   const int64_t pixels = count * sizes[2] * sizes[3];
   const int64_t cut = planted == Planted::short_output ? 1 : 0;
-  const Memory out(pixels * channels * element_bytes(dtype) - cut, at_end);
-  const Memory mask(pixels, at_end);
+  const GuardedMemory out(pixels * channels * element_bytes(dtype) - cut, at_end);
+  const GuardedMemory mask(pixels, at_end);
   call.set_output(out.data(), strides, mask.data());
   set_active_isa(isa);
   if (crop_mirror_normalize_cpu(call.args, parallel_for) != 0) return false;
