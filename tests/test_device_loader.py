@@ -978,7 +978,7 @@ class FakeLine(loader_module._CudaLine):
 def test_the_steps_on_fake_tensors(
     monkeypatch: pytest.MonkeyPatch, transfer: Any, memory_format: torch.memory_format
 ) -> None:
-    monkeypatch.setattr("pixfuse.functional.CUDA_LOADED", True)
+    monkeypatch.setattr("pixfuse._checks.CUDA_LOADED", True)
     monkeypatch.setattr("pixfuse.functional.share_memory", lambda a, b: False)  # no addresses
     owner = pixfuse.DeviceLoader(
         [],
