@@ -19,6 +19,13 @@ from pixfuse.normalization import (
     UNIT,
     Normalization,
 )
+from pixfuse.pixels import (
+    channel_histogram,
+    denormalize,
+    image_moments,
+    standardize_per_image,
+)
+from pixfuse.statistics import ChannelStatistics, fold_of
 
 __all__ = [
     "CIFAR10",
@@ -32,13 +39,19 @@ __all__ = [
     "SIGNED",
     "SVHN",
     "UNIT",
+    "ChannelStatistics",
     "Collate",
     "DeviceLoader",
     "Normalization",
+    "channel_histogram",
     "crop_mirror_normalize",
+    "denormalize",
     "empty_cache",
+    "fold_of",
+    "image_moments",
     "info",
     "normalize",
     "reference",
+    "standardize_per_image",
     "transforms",
 ]

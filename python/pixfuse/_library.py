@@ -129,6 +129,67 @@ def _normalize_out_fake(
     return None
 
 
+@torch.library.register_fake("pixfuse::channel_histogram")
+def _channel_histogram_fake(images: torch.Tensor, input_layout: int) -> torch.Tensor:
+    channels = view_as_nchw(images, input_layout).shape[-3]
+    return images.new_empty((channels, 256), dtype=torch.int64)
+
+
+@torch.library.register_fake("pixfuse::image_moments")
+def _image_moments_fake(
+    images: torch.Tensor, input_layout: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    nchw = view_as_nchw(images, input_layout)
+    shape = (nchw.shape[0] if nchw.ndim == 4 else 1, nchw.shape[-3])
+    sums = images.new_empty(shape, dtype=torch.int64)
+    return sums, torch.empty_like(sums)
+
+
+def nhwc_shape(shape: Any) -> tuple[Any, ...]:
+    """(N, H, W, C) of (N, C, H, W), or (H, W, C) of (C, H, W)."""
+    return (*shape[:-3], *shape[-2:], shape[-3])
+
+
+@torch.library.register_fake("pixfuse::denormalize")
+def _denormalize_fake(
+    values: torch.Tensor, mean: list[float], std: list[float], output_layout: int, count: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    nhwc = output_layout == LAYOUT_CODES["NHWC"]
+    shape = nhwc_shape(values.shape) if nhwc else values.shape
+    return (
+        values.new_empty(shape, dtype=torch.uint8),
+        values.new_empty((2 if count else 0,), dtype=torch.int64),
+    )
+
+
+@torch.library.register_fake("pixfuse::denormalize_out")
+def _denormalize_out_fake(
+    values: torch.Tensor,
+    mean: list[float],
+    std: list[float],
+    output_layout: int,
+    count: bool,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    return values.new_empty((2 if count else 0,), dtype=torch.int64)
+
+
+@torch.library.register_fake("pixfuse::standardize_per_image")
+def _standardize_per_image_fake(
+    images: torch.Tensor,
+    per_channel: bool,
+    floor: float,
+    input_layout: int,
+    dtype: int,
+    memory_format: int,
+) -> torch.Tensor:
+    nchw = view_as_nchw(images, input_layout)
+    channels_last = resolve_channels_last(nchw, _key(MEMORY_FORMAT_CODES, memory_format))
+    return images.new_empty_strided(
+        nchw.shape, dense_strides(nchw.shape, channels_last), dtype=_key(DTYPE_CODES, dtype)
+    )
+
+
 def _check_one_device(
     images: list[torch.Tensor], placements: torch.Tensor, *outputs: torch.Tensor | None
 ) -> None:

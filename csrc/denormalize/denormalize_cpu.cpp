@@ -1,0 +1,57 @@
+// Picks the instruction set, splits the work over threads.
+#include "common/isa.h"
+#include "denormalize/denormalize_loop.h"
+
+namespace pixfuse {
+namespace {
+
+// Below this, starting threads costs more than they save.
+constexpr int64_t kGrainElements = 32768;
+
+using Loop = void (*)(const DenormalizeArgs&, int64_t first, int64_t last);
+
+Loop loop_for(Isa isa) {
+  switch (isa) {
+#if defined(__x86_64__)
+    case Isa::avx2:
+      return avx2::denormalize_loop;
+    case Isa::avx512:
+      return avx512::denormalize_loop;
+#elif defined(__aarch64__)
+    case Isa::neon:
+      return neon::denormalize_loop;
+#endif
+    default:
+      return portable::denormalize_loop;
+  }
+}
+
+}  // namespace
+
+int32_t denormalize_cpu(const DenormalizeArgs& original, ParallelFor parallel_for) {
+  struct Job {
+    DenormalizeArgs args;
+    Loop loop;
+  } job{original, loop_for(active_isa())};
+  for (int64_t size : job.args.sizes) {
+    if (size == 0) return 0;
+  }
+  merge_rows(job.args);
+
+  const auto body = [](int64_t first, int64_t last, void* context) {
+    const Job& job = *static_cast<const Job*>(context);
+    job.loop(job.args, first, last);
+  };
+  const auto& sizes = job.args.sizes;
+  const int64_t blocks = sizes[0] * sizes[2] * blocks_per_row(job.args);
+  const int64_t row_pixels =
+      sizes[3] < kDenormalizeBlockPixels ? sizes[3] : kDenormalizeBlockPixels;
+  const int64_t grain = 1 + kGrainElements / (row_pixels * sizes[1]);
+  if (blocks <= grain) {
+    body(0, blocks, &job);
+    return 0;
+  }
+  return parallel_for(0, blocks, grain, body, &job);
+}
+
+}  // namespace pixfuse

@@ -1,0 +1,35 @@
+// What `standardize_per_image` needs, without torch: one plain struct, the launchers.
+//
+// The result is `(x - mean) / max(std, floor)` of each image, or of each channel of each image, in
+// the arithmetic of Rounding::nearest: float64 from exact sums, rounded to float32 once.
+#pragma once
+#include <stdint.h>
+
+#include "common/element_type.h"
+#include "common/parallel_for.h"
+#include "normalize/normalize.h"
+
+namespace pixfuse {
+
+// One call. Sizes and strides are N, C, H, W; strides count elements (a byte each for images).
+// Images may have any strides of 0 or more; the output is dense, contiguous or channels-last.
+struct StandardizeArgs {
+  const uint8_t* images;
+  void* output;
+  int64_t sizes[4];
+  int64_t image_strides[4];
+  int64_t output_strides[4];
+  ElementType dtype;
+  bool per_channel;
+  double floor;  // of the std, in the units of bytes; 0 stands for 1 / sqrt(number of values)
+  int64_t *sums, *squares;      // [N, C], zero, where the launcher runs: what it works with
+  ChannelConstants* constants;  // [N, C] likewise; only on the CPU
+};
+
+// Returns what `parallel_for` returned: 0 when all went well.
+int32_t standardize_per_image_cpu(const StandardizeArgs& args, ParallelFor parallel_for);
+
+// Enqueues on `stream` (a cudaStream_t) of the current device; returns a cudaError_t.
+int standardize_per_image_cuda(const StandardizeArgs& args, void* stream);
+
+}  // namespace pixfuse

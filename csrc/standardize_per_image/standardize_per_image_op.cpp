@@ -1,0 +1,41 @@
+// The operator on CPU tensors: schema, checks, allocation; hands plain pointers to
+// standardize_per_image_cpu.
+#include <vector>
+
+#include "common/cpu_output.h"
+#include "standardize_per_image/standardize_per_image_args.h"
+
+namespace pixfuse {
+namespace {
+
+Tensor standardize_per_image(const Tensor& images, bool per_channel, double floor,
+                             int64_t input_layout, int64_t dtype, int64_t memory_format) {
+  StandardizeCall call(images, per_channel, floor, input_layout, dtype, memory_format);
+  StandardizeArgs& args = call.args;
+  const int64_t skip = 4 - call.rank;
+  Tensor out = empty_cpu_output(call.rank, args.sizes + skip, args.output_strides + skip,
+                                call.shim_dtype, element_bytes(args.dtype));
+  args.output = out.mutable_data_ptr();
+  const auto count = static_cast<size_t>(args.sizes[0] * args.sizes[1]);
+  std::vector<int64_t> sums(2 * count);
+  std::vector<ChannelConstants> constants(count);
+  args.sums = sums.data();
+  args.squares = sums.data() + count;
+  args.constants = constants.data();
+  check(standardize_per_image_cpu(args, torch_parallel_for) == 0, call.kName,
+        "torch's threads to run the loop");
+  return out;
+}
+
+}  // namespace
+}  // namespace pixfuse
+
+STABLE_TORCH_LIBRARY_FRAGMENT(pixfuse, m) {
+  m.def(
+      "standardize_per_image(Tensor images, bool per_channel, float floor, int input_layout, "
+      "int dtype, int memory_format) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pixfuse, CPU, m) {
+  m.impl("standardize_per_image", TORCH_BOX(&pixfuse::standardize_per_image));
+}

@@ -1,0 +1,393 @@
+"""Counts and sums of pixels, pixels standardized by them, and the way back to pixels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, SupportsFloat, overload
+
+import numpy as np
+import torch
+
+from pixfuse._checks import share_memory
+from pixfuse._library import DTYPE_CODES, LAYOUT_CODES, MEMORY_FORMAT_CODES, nhwc_shape
+from pixfuse._pixel_checks import (
+    check_choice,
+    check_device,
+    check_images,
+    is_pillow,
+    read_image,
+)
+from pixfuse.normalization import Normalization
+
+#: A batch, an image, or a list of images of any sizes (Pillow images are not named: optional).
+Images = torch.Tensor | np.ndarray | Sequence[Any]
+
+
+def channel_histogram(
+    images: Images, input_layout: Literal["NCHW", "NHWC"] = "NCHW"
+) -> torch.Tensor:
+    """Count how often each byte value occurs in each channel.
+
+    Formula: ``counts[c, v]`` is the number of pixels whose channel ``c`` is ``v``, over all images.
+    Whole numbers: exact, and the same for any order, batch size, thread count and device.
+
+    Args:
+        images: a uint8 tensor (CPU or CUDA) or numpy array, values 0 to 255, of shape (N, C, H, W)
+            or (C, H, W), with ``input_layout="NHWC"`` of shape (N, H, W, C) or (H, W, C), of any
+            strides, read in place; or a list or tuple of images of any sizes and one channel
+            count: Pillow images, arrays (H, W) or (H, W, C), tensors (C, H, W). Pillow converts
+            modes 1 to L, P to RGB (RGBA with transparency), PA, LA, La and RGBa to RGBA, CMYK,
+            YCbCr, LAB and HSV to RGB; an array with negative strides is copied first.
+        input_layout: the order of the dimensions of a batch or image; a list has its own, above.
+
+    Returns:
+        An int64 tensor of shape (C, 256), contiguous, on the device of ``images``.
+
+    Raises:
+        TypeError: a wrong type, dtype or Pillow mode.
+        ValueError: a wrong shape or layout, a list that is empty or mixes channel counts or
+            devices.
+        NotImplementedError: a device or tensor layout that has no kernel.
+
+    Equivalent to::
+
+        torch.stack([torch.bincount(c.flatten(), minlength=256) for c in images.movedim(-3, 0)])
+
+    Source:
+        numpy ``bincount``, OpenCV ``calcHist``. The CUDA kernel has not yet run on a GPU.
+    """
+    if not _is_list(images):
+        tensor, layout_code = check_images("channel_histogram", images, input_layout)
+        return torch.ops.pixfuse.channel_histogram.default(  # type: ignore[no-any-return]
+            tensor, layout_code
+        )
+    counts: torch.Tensor | None = None
+    for pixels in _read_list("channel_histogram", images, input_layout):
+        found = torch.ops.pixfuse.channel_histogram.default(pixels, LAYOUT_CODES["NCHW"])
+        counts = found if counts is None else counts.add_(found)
+    assert counts is not None  # an empty list is an error
+    return counts
+
+
+def image_moments(
+    images: Images, input_layout: Literal["NCHW", "NHWC"] = "NCHW"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum the pixels of each channel of each image, and their squares, exactly.
+
+    Formula: ``sums[n, c]`` is the sum of ``x`` and ``squares[n, c]`` that of ``x * x`` over the
+    pixels of channel ``c`` of image ``n``, in the units of 0 to 255. Whole numbers: exact, and the
+    same for any order, thread count and device; they hold any image of less than 2**47 pixels. With
+    ``p`` pixels, the mean is ``sums / p`` and the variance ``(p * squares - sums**2) / p**2``.
+
+    Args:
+        images: a uint8 tensor (CPU or CUDA) or numpy array, values 0 to 255, of shape (N, C, H, W)
+            or (C, H, W), with ``input_layout="NHWC"`` of shape (N, H, W, C) or (H, W, C), of any
+            strides, read in place; or a list or tuple of images of any sizes and one channel
+            count, as in :func:`pixfuse.channel_histogram`.
+        input_layout: the order of the dimensions of a batch or image; a list has its own.
+
+    Returns:
+        Two int64 tensors of shape (N, C), contiguous, on the device of ``images``: sums and sums
+        of squares. N is 1 for one image.
+
+    Raises:
+        TypeError: a wrong type, dtype or Pillow mode.
+        ValueError: a wrong shape or layout, a list that is empty or mixes channel counts or
+            devices.
+        NotImplementedError: a device or tensor layout that has no kernel.
+
+    Equivalent to::
+
+        (images.long().sum((-2, -1)).view(-1, images.shape[-3]),
+         images.long().square().sum((-2, -1)).view(-1, images.shape[-3]))
+
+    Source:
+        The definitions of mean and variance. The CUDA kernel has not yet run on a GPU.
+    """
+    if not _is_list(images):
+        tensor, layout_code = check_images("image_moments", images, input_layout)
+        return torch.ops.pixfuse.image_moments.default(  # type: ignore[no-any-return]
+            tensor, layout_code
+        )
+    found = [
+        torch.ops.pixfuse.image_moments.default(pixels, LAYOUT_CODES["NCHW"])
+        for pixels in _read_list("image_moments", images, input_layout)
+    ]
+    return torch.cat([sums for sums, _ in found]), torch.cat([squares for _, squares in found])
+
+
+@overload
+def denormalize(
+    tensor: torch.Tensor,
+    normalization: Normalization,
+    *,
+    output_layout: Literal["NCHW", "NHWC"] = ...,
+    out: torch.Tensor | None = ...,
+    return_counts: Literal[False] = ...,
+) -> torch.Tensor: ...
+
+
+@overload
+def denormalize(
+    tensor: torch.Tensor,
+    normalization: Normalization,
+    *,
+    output_layout: Literal["NCHW", "NHWC"] = ...,
+    out: torch.Tensor | None = ...,
+    return_counts: Literal[True],
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+def denormalize(
+    tensor: torch.Tensor,
+    normalization: Normalization,
+    *,
+    output_layout: Literal["NCHW", "NHWC"] = "NCHW",
+    out: torch.Tensor | None = None,
+    return_counts: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Turn normalized floats back into uint8 pixels in one pass over memory.
+
+    Formula: ``y = x * f32(255 * std[c]) + f32(255 * mean[c])`` in float32, the product and the sum
+    each rounded; then clamped to 0 to 255 and rounded to the nearest whole number, half to even. A
+    NaN becomes 0, an infinity 0 or 255. 16-bit values are widened first, which is exact. The same
+    input gives the same bits on every instruction set, thread count, layout and device.
+
+    ``denormalize(normalize(images, n), n)`` is ``images``, for all 256 values, every preset and
+    every rounding, in float32: the tests try them all. In bfloat16 a few values of some presets
+    come back as a neighbour: ``docs/round_trip.md`` says which.
+
+    Args:
+        tensor: float32, float16 or bfloat16 (CPU or CUDA), of shape (N, C, H, W) or (C, H, W), in
+            the units of ``normalization``; any values and any strides; read in place. Gradients end
+            here.
+        normalization: what the pixels became, e.g. ``pixfuse.SIGNED`` for tanh outputs and
+            ``pixfuse.UNIT`` for sigmoid outputs. Its rounding does not matter on the way back.
+        output_layout: the order of the dimensions of the result, ``"NCHW"`` or ``"NHWC"``.
+        out: where to write: a contiguous uint8 tensor of the result's shape and device that shares
+            no memory with ``tensor``.
+        return_counts: whether to count too, see below.
+
+    Returns:
+        A contiguous uint8 tensor of shape (N, C, H, W) or (C, H, W), with ``output_layout="NHWC"``
+        of (N, H, W, C) or (H, W, C), on the device of ``tensor``; ``out`` if given. With
+        ``return_counts`` a pair of it and an int64 tensor of shape (2,): how many finite values
+        were clamped, since they round to a whole number outside of 0 to 255, and how many values
+        were not finite.
+
+    Raises:
+        TypeError: a wrong type or dtype.
+        ValueError: a wrong shape, layout or channel count, or an ``out`` that does not fit.
+        NotImplementedError: a device or tensor layout that has no kernel.
+
+    Equivalent to::
+
+        torch.nan_to_num(tensor.float() * scale + offset, nan=0).clamp(0, 255).round().byte()
+
+    with ``scale = torch.tensor([255 * s for s in normalization.std]).view(-1, 1, 1)`` and
+    ``offset = torch.tensor([255 * m for m in normalization.mean]).view(-1, 1, 1)``.
+
+    Source:
+        The inverse of :func:`pixfuse.normalize`. The CUDA kernel has not yet run on a GPU.
+    """
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(
+            f"denormalize: expected tensor to be a torch.Tensor, got {type(tensor).__name__}"
+        )
+    if tensor.dtype not in DTYPE_CODES:
+        raise TypeError(
+            "denormalize: expected tensor of dtype torch.float32, float16 or bfloat16, got "
+            f"{tensor.dtype}"
+        )
+    check_device("denormalize", "tensor", tensor)
+    if tensor.ndim not in (3, 4):
+        raise ValueError(
+            "denormalize: expected tensor of shape (N, C, H, W) or (C, H, W), got "
+            f"{tuple(tensor.shape)}"
+        )
+    if not isinstance(normalization, Normalization):
+        raise TypeError(
+            "denormalize: expected normalization to be a pixfuse.Normalization, got "
+            f"{type(normalization).__name__}; use pixfuse.Normalization(mean, std)"
+        )
+    count = len(normalization.mean)
+    if count not in (1, tensor.shape[-3]):
+        raise ValueError(
+            f"denormalize: expected tensor of {count} channels, as mean and std have {count} "
+            f"values, got {tensor.shape[-3]} channels in shape {tuple(tensor.shape)}"
+        )
+    layout_code = check_choice("denormalize", "output_layout", output_layout, LAYOUT_CODES)
+    tensor = tensor.detach()
+    if out is None:
+        result, counts = torch.ops.pixfuse.denormalize.default(
+            tensor, normalization.mean, normalization.std, layout_code, return_counts
+        )
+        return (result, counts) if return_counts else result
+    _check_bytes_out(out, tensor, output_layout)
+    counts = torch.ops.pixfuse.denormalize_out.default(
+        tensor, normalization.mean, normalization.std, layout_code, return_counts, out
+    )
+    if not torch.compiler.is_compiling() and not out.is_inference():
+        torch.autograd.graph.increment_version(out)  # as torch's own functions with out= do
+    return (out, counts) if return_counts else out
+
+
+def standardize_per_image(
+    images: torch.Tensor | np.ndarray,
+    per_channel: bool = False,
+    floor: Literal["tensorflow"] | float = "tensorflow",
+    input_layout: Literal["NCHW", "NHWC"] = "NCHW",
+    dtype: torch.dtype = torch.float32,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> torch.Tensor:
+    """Bring every image to mean 0 and std 1, by its own mean and std.
+
+    Formula: ``(x - mean) / max(std, floor)``, with the mean and std (over all values, not one less)
+    of all values of the image, or of each channel. The sums are whole numbers, so nothing cancels
+    and their order does not matter. From them, in float64 and each step rounded: ``std =
+    sqrt(f64(n * sum(x**2) - sum(x)**2)) / n`` of ``n`` values, and ``((x - f64(mean)) - rest) * (1
+    / max(std, floor))`` with the rest of the mean that its float64 drops; then rounded to float32:
+    the nearest float32, but where the real number is within a relative 2**-50 of the middle between
+    two. The same bits on every instruction set, thread count, layout, batch and device.
+
+    The floor keeps the noise of a flat image from being blown up: without one, a sky whose pixels
+    differ by 1 would get the contrast of a photograph, and a single color would be divided by 0.
+
+    Args:
+        images: uint8 tensor (CPU or CUDA) or numpy array, values 0 to 255, of shape (N, C, H, W) or
+            (C, H, W); with ``input_layout="NHWC"`` of shape (N, H, W, C) or (H, W, C). Any
+            strides; read in place.
+        per_channel: False: one mean and std for all channels of an image, which keeps its colors;
+            True: one of each channel, which balances them.
+        floor: the least std to divide by, in units of 0 to 255: ``"tensorflow"`` for
+            ``1 / sqrt(n)``, which changes single-colored images and next to nothing else; or a
+            number above 0, e.g. 1.0 to leave differences of less than a step of the bytes small.
+        input_layout: the order of the dimensions of ``images``, ``"NCHW"`` or ``"NHWC"``.
+        dtype: ``torch.float32``, or ``torch.float16`` or ``torch.bfloat16``: the float32 result
+            rounded once, half to even.
+        memory_format: of the result: ``torch.contiguous_format``, ``torch.channels_last`` (for
+            3 dimensions too: the channels of a pixel side by side), or ``torch.preserve_format``
+            (channels-last when the channels of ``images`` lie side by side).
+
+    Returns:
+        A tensor of shape (N, C, H, W) or (C, H, W), of ``dtype``, dense in ``memory_format``, on
+        the device of ``images``.
+
+    Raises:
+        TypeError: a wrong type or dtype.
+        ValueError: a wrong shape, layout, floor or memory format.
+        NotImplementedError: a device or tensor layout that has no kernel.
+
+    Equivalent to::
+
+        x = images.double().flatten(-3)
+        x = x - x.mean(-1, keepdim=True)
+        std = x.square().mean(-1, keepdim=True).sqrt()
+        x = (x / std.clamp(min=x.shape[-1] ** -0.5)).view(images.shape).float()
+
+    up to the last bit.
+
+    Source:
+        TensorFlow ``tf.image.per_image_standardization``, which computes in float32. The CUDA
+        kernels have not yet run on a GPU.
+    """
+    name = "standardize_per_image"
+    tensor, layout_code = check_images(name, images, input_layout)
+    if not isinstance(per_channel, bool):
+        raise TypeError(
+            f"{name}: expected per_channel to be True or False, got {type(per_channel).__name__}"
+        )
+    if isinstance(floor, str):
+        if floor != "tensorflow":
+            raise ValueError(
+                f"{name}: expected floor to be 'tensorflow' or a number above 0, got {floor!r}"
+            )
+        least = 0.0  # the operator's name for it
+    elif isinstance(floor, bool) or not isinstance(floor, SupportsFloat):
+        raise TypeError(
+            f"{name}: expected floor to be 'tensorflow' or a number above 0, got "
+            f"{type(floor).__name__}"
+        )
+    else:
+        least = float(floor)
+        if not (math.isfinite(least) and least >= _LEAST_FLOOR):
+            raise ValueError(
+                f"{name}: expected floor to be 'tensorflow' or a number above 0 (finite, "
+                f"{_LEAST_FLOOR:g} or more), in units of 0 to 255, got {floor}"
+            )
+    dtype_code = DTYPE_CODES.get(dtype)
+    if dtype_code is None:
+        raise TypeError(
+            f"{name}: expected dtype to be torch.float32, float16 or bfloat16, got {dtype}"
+        )
+    memory_format_code = MEMORY_FORMAT_CODES.get(memory_format)
+    if memory_format_code is None:
+        raise ValueError(
+            f"{name}: expected memory_format to be torch.contiguous_format, channels_last or "
+            f"preserve_format, got {memory_format}"
+        )
+    return torch.ops.pixfuse.standardize_per_image.default(  # type: ignore[no-any-return]
+        tensor, per_channel, least, layout_code, dtype_code, memory_format_code
+    )
+
+
+#: Of what an image can be divided by; less would serve nobody and its reciprocal overflow.
+_LEAST_FLOOR = 1e-30
+
+
+def _check_bytes_out(out: torch.Tensor, tensor: torch.Tensor, output_layout: str) -> None:
+    if not isinstance(out, torch.Tensor):
+        raise TypeError(f"denormalize: expected out to be a torch.Tensor, got {type(out).__name__}")
+    if out.dtype is not torch.uint8:
+        raise TypeError(f"denormalize: expected out of dtype torch.uint8, got {out.dtype}")
+    if out.device != tensor.device:
+        raise ValueError(
+            f"denormalize: expected out on the device of tensor ({tensor.device}), got {out.device}"
+        )
+    shape = nhwc_shape(tensor.shape) if output_layout == "NHWC" else tuple(tensor.shape)
+    if tuple(out.shape) != shape:
+        raise ValueError(
+            f"denormalize: expected out of shape {shape}, as output_layout is {output_layout!r}, "
+            f"got {tuple(out.shape)}"
+        )
+    if out.layout is not torch.strided or not out.is_contiguous():
+        raise ValueError(
+            "denormalize: expected out to be contiguous, got "
+            + (f"strides {out.stride()}" if out.layout is torch.strided else f"layout {out.layout}")
+        )
+    # Addresses cannot be traced; the operator asserts the same.
+    if not torch.compiler.is_compiling() and share_memory(tensor, out):
+        raise ValueError("denormalize: expected out to share no memory with tensor, got an overlap")
+
+
+def _is_list(images: object) -> bool:
+    return isinstance(images, (list, tuple))
+
+
+def _read_list(function: str, images: Any, input_layout: str) -> Iterator[torch.Tensor]:
+    """Each image of a list as (C, H, W), after what has to hold for all of them."""
+    if input_layout != "NCHW":
+        raise ValueError(
+            f"{function}: expected no input_layout with a list, got {input_layout!r}; arrays in a "
+            "list are (H, W, C) and tensors (C, H, W)"
+        )
+    if len(images) == 0:
+        raise ValueError(f"{function}: expected images to have at least 1 image, got none")
+    first: torch.Tensor | None = None
+    for index, image in enumerate(images):
+        pixels = read_image(function, image, index)
+        if first is None:
+            first = pixels
+        if pixels.shape[0] != first.shape[0]:
+            hint = '; convert it, e.g. image.convert("RGB")' if is_pillow(image) else ""
+            raise ValueError(
+                f"{function}: expected images of one channel count, got {first.shape[0]} in "
+                f"images[0] and {pixels.shape[0]} in images[{index}]{hint}"
+            )
+        if pixels.device != first.device:
+            raise ValueError(
+                f"{function}: expected images on one device, got {first.device} for images[0] and "
+                f"{pixels.device} for images[{index}]"
+            )
+        yield pixels

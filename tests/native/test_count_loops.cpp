@@ -1,0 +1,209 @@
+// The loops of `channel_histogram` and `image_moments` without torch and Python, on memory of
+// exactly the size that they may read, against counting one pixel at a time.
+//
+//   threads             the parts of each call run at the same time
+//   planted=NAME        a fault that must be noticed: see `Planted`
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "channel_histogram/channel_histogram.h"
+#include "common/isa.h"
+#include "guarded_memory.h"
+#include "image_moments/image_moments.h"
+
+using namespace pixfuse;
+
+namespace {
+
+enum class Planted {
+  none,
+  short_input,   // the images end one byte early
+  early_input,   // the images begin one byte late
+  short_output,  // the results end one byte early
+  wrong_value,   // one expected count is one more
+  race,          // one part of the work is done twice, at the same time, with plain additions
+};
+constexpr const char* kPlantedNames[] = {"none",         "short_input", "early_input",
+                                         "short_output", "wrong_value", "race"};
+Planted planted = Planted::none;
+bool use_threads = false;
+int64_t unguarded = 0;  // what `race` adds to without care
+
+int32_t parallel_for(int64_t begin, int64_t end, int64_t, void (*body)(int64_t, int64_t, void*),
+                     void* context) {
+  // Parts of different lengths, the last one first.
+  std::vector<std::thread> threads;
+  const int64_t part = (end - begin) / 3 + 1;
+  for (int64_t last = end; last > begin; last -= part) {
+    const int64_t first = std::max(begin, last - part);
+    const auto work = [=] {
+      if (planted == Planted::race) ++unguarded;
+      body(first, last, context);
+    };
+    if (use_threads) {
+      threads.emplace_back(work);
+    } else {
+      work();
+    }
+  }
+  for (std::thread& thread : threads) thread.join();
+  return 0;
+}
+
+enum class Layout {
+  planar,
+  pixels,
+  pixels_and_one,
+  padded_rows,
+  spread,
+  same_image,
+  batch_last,
+  count
+};
+
+void set_strides(int64_t (&strides)[4], const int64_t (&sizes)[4], Layout layout) {
+  const int64_t n = sizes[0], c = sizes[1], h = sizes[2], w = sizes[3];
+  const auto set = [&](int64_t sn, int64_t sc, int64_t sh, int64_t sw) {
+    const int64_t values[4] = {sn, sc, sh, sw};
+    std::memcpy(strides, values, sizeof values);
+  };
+  switch (layout) {
+    case Layout::planar:
+    case Layout::count:
+      return set(c * h * w, h * w, w, 1);
+    case Layout::pixels:
+      return set(c * h * w, 1, c * w, c);
+    case Layout::pixels_and_one:
+      return set((c + 1) * h * w, 1, (c + 1) * w, c + 1);
+    case Layout::padded_rows:
+      return set(c * h * (w + 3), h * (w + 3), w + 3, 1);
+    case Layout::spread:
+      return set(2 * c * h * w, 2 * h * w, 2 * w, 2);
+    case Layout::same_image:
+      return set(0, h * w, w, 1);
+    case Layout::batch_last:
+      return set(1, h * w * n, w * n, n);
+  }
+}
+
+uint8_t next_byte() {
+  static uint32_t state = 1;
+  state = state * 1664525u + 1013904223u;
+  return static_cast<uint8_t>(state >> 24);
+}
+
+bool equal(const char* what, const int64_t* found, const std::vector<int64_t>& expected) {
+  for (size_t i = 0; i < expected.size(); ++i) {
+    if (found[i] == expected[i]) continue;
+    std::printf("%s[%zu]: %ld, expected %ld\n", what, i, static_cast<long>(found[i]),
+                static_cast<long>(expected[i]));
+    return false;
+  }
+  return true;
+}
+
+bool run(Isa isa, const int64_t (&sizes)[4], Layout layout, bool at_end) {
+  ChannelHistogramArgs histogram{};
+  ImageMomentsArgs moments{};
+  set_strides(histogram.strides, sizes, layout);
+  std::memcpy(histogram.sizes, sizes, sizeof sizes);
+  std::memcpy(moments.sizes, sizes, sizeof sizes);
+  std::memcpy(moments.strides, histogram.strides, sizeof moments.strides);
+  int64_t bytes = 1;
+  for (int d = 0; d < 4; ++d) bytes += (sizes[d] - 1) * histogram.strides[d];
+  const int64_t cut = planted == Planted::short_input ? 1 : 0;
+  const GuardedMemory images(bytes - cut, at_end);
+  for (int64_t i = 0; i < bytes - cut; ++i) images.data()[i] = next_byte();
+  histogram.images = moments.images = images.data() - (planted == Planted::early_input ? 1 : 0);
+
+  const auto channels = static_cast<size_t>(sizes[1]);
+  const size_t results = static_cast<size_t>(sizes[0]) * channels;
+  const int64_t cut_output = planted == Planted::short_output ? 8 : 0;
+  const GuardedMemory counts(static_cast<int64_t>(channels) * 256 * 8 - cut_output, true);
+  const GuardedMemory sums(static_cast<int64_t>(results) * 8, true);
+  const GuardedMemory squares(static_cast<int64_t>(results) * 8, true);
+  std::memset(counts.data(), 0, channels * 256 * 8 - static_cast<size_t>(cut_output));
+  std::memset(sums.data(), 0, results * 8);
+  std::memset(squares.data(), 0, results * 8);
+  histogram.counts = reinterpret_cast<int64_t*>(counts.data());
+  moments.sums = reinterpret_cast<int64_t*>(sums.data());
+  moments.squares = reinterpret_cast<int64_t*>(squares.data());
+
+  set_active_isa(isa);
+  if (channel_histogram_cpu(histogram, parallel_for) != 0) return false;
+  if (image_moments_cpu(moments, parallel_for) != 0) return false;
+
+  std::vector<int64_t> expected_counts(channels * 256), expected_sums(results);
+  std::vector<int64_t> expected_squares(results);
+  for (int64_t n = 0; n < sizes[0]; ++n)
+    for (int64_t c = 0; c < sizes[1]; ++c)
+      for (int64_t h = 0; h < sizes[2]; ++h)
+        for (int64_t w = 0; w < sizes[3]; ++w) {
+          const int64_t* s = histogram.strides;
+          const int64_t x = histogram.images[n * s[0] + c * s[1] + h * s[2] + w * s[3]];
+          ++expected_counts[static_cast<size_t>(c * 256 + x)];
+          expected_sums[static_cast<size_t>(n * sizes[1] + c)] += x;
+          expected_squares[static_cast<size_t>(n * sizes[1] + c)] += x * x;
+        }
+  if (planted == Planted::wrong_value) ++expected_squares[0];
+  const bool good = equal("counts", histogram.counts, expected_counts) &&
+                    equal("sums", moments.sums, expected_sums) &&
+                    equal("squares", moments.squares, expected_squares);
+  if (!good) {
+    std::printf("isa %d sizes %ld %ld %ld %ld layout %d\n", static_cast<int>(isa),
+                static_cast<long>(sizes[0]), static_cast<long>(sizes[1]),
+                static_cast<long>(sizes[2]), static_cast<long>(sizes[3]), static_cast<int>(layout));
+  }
+  return good;
+}
+
+bool run_all_on(Isa isa, int64_t& cases) {
+  for (const int64_t channels : {1, 2, 3, 4, 5, 6, 16, 17})
+    for (const int64_t width :
+         {1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 65, 129, 1023, 1025, 8193})
+      for (int layout = 0; layout < static_cast<int>(Layout::count); ++layout) {
+        if (channels > 5 && width > 200) continue;
+        const int64_t sizes[4] = {next_byte() % 3 + 1, channels, next_byte() % 3 + 1, width};
+        if (!run(isa, sizes, static_cast<Layout>(layout), next_byte() % 4 != 0)) return false;
+        ++cases;
+      }
+  // Enough for several parts, and for the narrow sums to be emptied.
+  for (const int64_t channels : {1, 3})
+    for (const Layout layout : {Layout::planar, Layout::pixels, Layout::spread}) {
+      const int64_t sizes[4] = {3, channels, 201, 301};
+      if (!run(isa, sizes, layout, true)) return false;
+      ++cases;
+    }
+  return true;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  for (int i = 1; i < argc; ++i) {
+    const std::string argument = argv[i];
+    bool known = argument == "threads";
+    use_threads = use_threads || known;
+    for (size_t k = 0; k < std::size(kPlantedNames); ++k) {
+      if (argument != std::string("planted=") + kPlantedNames[k]) continue;
+      planted = static_cast<Planted>(k);
+      known = true;
+    }
+    if (!known) {
+      std::printf("unknown argument %s\n", argv[i]);
+      return 2;
+    }
+  }
+  for (const Isa isa : {Isa::portable, Isa::avx2, Isa::avx512, Isa::neon}) {
+    if (!isa_available(isa)) continue;
+    int64_t cases = 0;
+    if (!run_all_on(isa, cases)) return 1;
+    std::printf("isa %d: %ld cases\n", static_cast<int>(isa), static_cast<long>(cases));
+    std::fflush(stdout);
+  }
+  return 0;
+}

@@ -1,0 +1,443 @@
+"""`ChannelStatistics`: exact, whatever the order, the batches, the folds and the processes."""
+
+import inspect
+import itertools
+import json
+import math
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from decimal import Decimal, localcontext
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from hypothesis import strategies as st
+
+import pixfuse
+from pixfuse import ChannelStatistics
+from pixfuse.statistics import _id_of, _square_root
+from tests.images import random_bytes
+
+
+def dataset(count: int, channels: int = 3) -> list[torch.Tensor]:
+    """Images of different sizes, brightness and contrast."""
+    source = random.Random(count)
+    images = []
+    for _ in range(count):
+        size = (channels, source.randint(1, 9), source.randint(1, 9))
+        low = source.randint(0, 250)
+        images.append(torch.randint(low, source.randint(low + 1, 256), size, dtype=torch.uint8))
+    return images
+
+
+def names(count: int) -> list[str]:
+    return [f"folder/{i}.jpg" for i in range(count)]
+
+
+def statistics_of(images: list[torch.Tensor], split: str = "train") -> ChannelStatistics:
+    result = ChannelStatistics(split)
+    result.update(images, keys=[f"{id(image)}" for image in images])
+    return result
+
+
+# --- values ---
+
+
+def test_mean_and_std_are_the_nearest_floats() -> None:
+    images = dataset(7)
+    statistics = statistics_of(images)
+    assert statistics.images == 7
+    assert statistics.pixels == sum(image[0].numel() for image in images)
+    for c in range(3):
+        values = [Fraction(v, 255) for image in images for v in image[c].flatten().tolist()]
+        mean = sum(values, Fraction(0)) / len(values)
+        variance = sum(((v - mean) ** 2 for v in values), Fraction(0)) / len(values)
+        assert statistics.mean[c] == float(mean)
+        with localcontext() as context:
+            context.prec = 80
+            root = (Decimal(variance.numerator) / Decimal(variance.denominator)).sqrt()
+        assert statistics.std[c] == float(root)
+
+
+def test_float64_agrees() -> None:
+    images = random_bytes(5, 3, 40, 50)
+    statistics = ChannelStatistics()
+    statistics.update(images)
+    array = images.numpy() / 255
+    np.testing.assert_allclose(statistics.mean, array.mean((0, 2, 3)), rtol=1e-14)
+    np.testing.assert_allclose(statistics.std, array.std((0, 2, 3)), rtol=1e-14)
+    each = array.std((2, 3)).mean(0)
+    np.testing.assert_allclose(statistics.image_std, each, rtol=1e-14)
+    assert statistics.image_std != statistics.std
+
+
+def test_square_roots() -> None:
+    assert _square_root(Fraction(0)) == 0.0
+    assert _square_root(Fraction(9, 16)) == 0.75
+    for value in (2, 3, 5, 1 << 60, (1 << 53) + 1):
+        assert _square_root(Fraction(value)) == math.sqrt(value)
+    middle = Fraction(2**53 + 1, 2**53)  # between two floats: the even one
+    assert _square_root(middle**2) == 1.0
+    assert _square_root(middle**2 + Fraction(1, 2**200)) == 1.0 + 2**-52
+
+
+def test_minimum_maximum_and_percentiles() -> None:
+    images = random_bytes(2, 3, 7, 11) // 2 + 20
+    statistics = ChannelStatistics()
+    statistics.update(images)
+    for c in range(3):
+        values = sorted(images[:, c].flatten().tolist())
+        assert statistics.min[c] == values[0]
+        assert statistics.max[c] == values[-1]
+        for q in (0, 0.1, 1, 25, 50, 73.2, 99, 100):
+            expected = np.percentile(values, q, method="inverted_cdf")
+            assert statistics.percentile(q)[c] == expected
+
+
+def test_normalization() -> None:
+    images = random_bytes(4, 3, 30, 30)
+    statistics = ChannelStatistics()
+    statistics.update(images)
+    normalization = statistics.normalization(rounding="nearest")
+    assert normalization == pixfuse.Normalization(statistics.mean, statistics.std, "nearest")
+    result = pixfuse.normalize(images, normalization).double()
+    torch.testing.assert_close(result.mean((0, 2, 3)), torch.zeros(3).double(), atol=1e-7, rtol=0)
+    torch.testing.assert_close(
+        result.std((0, 2, 3), correction=0), torch.ones(3).double(), atol=1e-6, rtol=0
+    )
+    of_images = statistics.normalization(std="images")
+    assert of_images == pixfuse.Normalization(statistics.mean, statistics.image_std)
+
+
+def test_counts() -> None:
+    images = random_bytes(2, 3, 7, 11)
+    statistics = ChannelStatistics()
+    statistics.update(images.permute(0, 2, 3, 1), input_layout="NHWC")
+    assert torch.equal(statistics.counts, pixfuse.channel_histogram(images))
+    statistics.counts.zero_()  # a copy
+    assert torch.equal(statistics.counts, pixfuse.channel_histogram(images))
+
+
+def test_kinds_of_images() -> None:
+    array = random_bytes(6, 5, 3).numpy()
+    tensor = torch.from_numpy(array).permute(2, 0, 1)
+    expected = ChannelStatistics()
+    expected.update(tensor.unsqueeze(0))
+    for images in ([array], [tensor], [PIL.Image.fromarray(array)], (array,), tensor):
+        statistics = ChannelStatistics()
+        statistics.update(images)
+        assert statistics == expected
+    gray = ChannelStatistics()
+    gray.update([array[:, :, 0]])
+    assert gray.pixels == 30
+
+
+# --- any order, any batches ---
+
+
+@hypothesis.settings(max_examples=40)
+@hypothesis.given(
+    order=st.permutations(range(9)), cuts=st.sets(st.integers(1, 8)), k=st.integers(1, 6)
+)
+def test_order_and_batches_change_nothing(order: list[int], cuts: set[int], k: int) -> None:
+    images = dataset(9)
+    expected = ChannelStatistics("train", folds=k)
+    expected.update(images, keys=names(9))
+    statistics = ChannelStatistics("train", folds=k)
+    edges = [0, *sorted(cuts), 9]
+    for first, last in itertools.pairwise(edges):
+        part = order[first:last]
+        statistics.update([images[i] for i in part], keys=[names(9)[i] for i in part])
+    assert statistics == expected
+    assert statistics.fingerprint == expected.fingerprint
+
+
+@hypothesis.settings(max_examples=40)
+@hypothesis.given(cut=st.integers(1, 8))
+def test_sum_and_difference(cut: int) -> None:
+    images = dataset(9)
+    first, second = statistics_of(images[:cut]), statistics_of(images[cut:])
+    total = statistics_of(images)
+    assert first + second == total == second + first
+    assert total - first == second
+    assert total - second == first
+    assert (total - total).images == 0
+
+
+def test_a_batch_is_its_images() -> None:
+    images = random_bytes(6, 3, 5, 7)
+    batch, one_by_one = ChannelStatistics(folds=4), ChannelStatistics(folds=4)
+    batch.update(images, keys=names(6))
+    for image, name in zip(images, names(6), strict=True):
+        one_by_one.update(image, keys=[name])
+    assert batch == one_by_one
+
+
+def test_overlap_is_warned_of() -> None:
+    images = dataset(4)
+    a, b = statistics_of(images[:3], "train"), statistics_of(images[2:], "test")
+    with pytest.warns(UserWarning, match="'train' and 'test' have 1 images in common"):
+        both = a + b
+    assert both.split == "train+test"
+    assert both.images == 5
+
+
+def test_folds() -> None:
+    images = dataset(40)
+    kept = ChannelStatistics("train", folds=12)
+    kept.update(images, keys=names(40))
+    for k in (2, 3, 4, 6, 12):
+        for fold, training in enumerate(kept.folds(k)):
+            chosen = [i for i in range(40) if pixfuse.fold_of(names(40)[i], k) != fold]
+            expected = ChannelStatistics(training.split)
+            expected.update([images[i] for i in chosen], keys=[names(40)[i] for i in chosen])
+            assert training == expected
+            assert training.normalization() == expected.normalization()
+            assert training.split == f"train-fold{fold}of{k}"
+
+
+def test_fold_of() -> None:
+    text = inspect.getdoc(pixfuse.fold_of)
+    assert text is not None
+    line = text.split("Equivalent to::\n")[1].split("\n\nSource")[0].strip()
+    for key in names(20):
+        for folds in (1, 2, 7):
+            import hashlib
+
+            expected = eval(line, {"hashlib": hashlib, "key": key, "folds": folds})
+            assert pixfuse.fold_of(key, folds) == expected
+    assert {pixfuse.fold_of(key, 5) for key in names(100)} == set(range(5))
+
+
+# --- files ---
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    statistics = ChannelStatistics("train", folds=3)
+    statistics.update(dataset(9), keys=names(9))
+    path = tmp_path / "stats.json"
+    statistics.save(path)
+    loaded = ChannelStatistics.load(path)
+    assert loaded == statistics
+    assert loaded.split == "train"
+    assert loaded.mean == statistics.mean
+    assert loaded.folds(3)[1] == statistics.folds(3)[1]
+    loaded.save(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == path.read_bytes()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["again.json", "stats.json"]
+    nothing = ChannelStatistics()
+    nothing.save(path)
+    assert ChannelStatistics.load(path) == nothing
+
+
+def _change(content: dict[str, Any], path: str, value: Any) -> None:
+    *way, last = path.split(".")
+    place: Any = content
+    for step in way:
+        place = place[int(step)] if isinstance(place, list) else place[step]
+    place[int(last) if isinstance(place, list) else last] = value
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("schema", "other", "to have schema 'pixfuse.ChannelStatistics', got 'other'"),
+        ("version", 2, "to have version 1, got 2; it was written by another version"),
+        ("fingerprint", "0" * 64, "to have the fingerprint"),
+        ("split", None, "to be complete and consistent, got: TypeError"),
+        ("parts", [], "to be complete and consistent, got: ValueError"),
+        ("parts.0.pixels", 3, "to be complete and consistent.*do not add up to 3 pixels"),
+        ("parts.0.images", 1, "to be complete and consistent.*keys for 1 images"),
+        ("parts.0.counts.0.7", -1, "to be complete and consistent.*or below 0"),
+        ("parts.0.counts", [[1]], "to be complete and consistent.*counts of shape"),
+        ("parts.0.image_std_sums", ["1"], "to be complete and consistent.*1 stds for 3 channels"),
+        ("parts.0.ids", "?", "to be complete and consistent"),
+        ("parts.0", {}, "to be complete and consistent, got: KeyError"),
+    ],
+)
+def test_damaged_files(tmp_path: Path, path: str, value: Any, message: str) -> None:
+    file = tmp_path / "stats.json"
+    statistics = ChannelStatistics("train")
+    statistics.update(dataset(4), keys=names(4))
+    statistics.save(file)
+    content = json.loads(file.read_text())
+    _change(content, path, value)
+    file.write_text(json.dumps(content))
+    with pytest.raises(
+        ValueError, match=rf"ChannelStatistics.load: expected .*stats.json' {message}"
+    ):
+        ChannelStatistics.load(file)
+
+
+def test_a_file_that_is_not_json(tmp_path: Path) -> None:
+    (tmp_path / "stats.json").write_text("{")
+    with pytest.raises(ValueError, match=r"stats.json' to be JSON, got: "):
+        ChannelStatistics.load(tmp_path / "stats.json")
+    (tmp_path / "stats.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"to have schema .*, got None"):
+        ChannelStatistics.load(tmp_path / "stats.json")
+    with pytest.raises(FileNotFoundError):
+        ChannelStatistics.load(tmp_path / "missing.json")
+
+
+# --- several processes ---
+
+PROCESS = """
+import sys
+import torch
+from tests.test_statistics import dataset, names
+from pixfuse import ChannelStatistics
+
+rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+torch.manual_seed(0)
+images = dataset(11)
+torch.distributed.init_process_group(
+    "gloo", init_method=f"file://{folder}/meeting{world}", rank=rank, world_size=world
+)
+statistics = ChannelStatistics("train", folds=2)
+mine = range(rank, 11, world)
+statistics.update([images[i] for i in mine], keys=[names(11)[i] for i in mine])
+statistics.all_reduce()
+statistics.save(f"{folder}/{world}-{rank}.json")
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_processes_add_up(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    images = dataset(11)
+    alone = ChannelStatistics("train", folds=2)
+    alone.update(images, keys=names(11))
+    alone.save(tmp_path / "alone.json")
+    for world in (1, 2):
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", PROCESS, str(rank), str(world), str(tmp_path)],
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(world)
+        ]
+        for rank, process in enumerate(processes):
+            _, errors = process.communicate(timeout=120)
+            assert process.returncode == 0, errors
+            written = tmp_path / f"{world}-{rank}.json"
+            assert written.read_bytes() == (tmp_path / "alone.json").read_bytes()
+
+
+# --- errors ---
+
+
+def counted(folds: int = 1) -> ChannelStatistics:
+    result = ChannelStatistics("train", folds)
+    result.update(random_bytes(2, 3, 4, 5), keys=["a", "b"])
+    return result
+
+
+EMPTY = ChannelStatistics()
+SAME = [random_bytes(3, 4, 5), random_bytes(3, 4, 5)]
+
+
+def other_keys(images: list[torch.Tensor]) -> ChannelStatistics:
+    result = ChannelStatistics("train")
+    result.update(images, keys=["x", "y"])
+    return result
+
+
+BAD_CALLS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "split": (lambda: ChannelStatistics(3), TypeError, ": expected split to be a string, got int"),  # type: ignore[arg-type]
+    "folds": (lambda: ChannelStatistics(folds=0), ValueError, ": expected folds to be 1 or more"),
+    "channels": (
+        lambda: counted().update(random_bytes(1, 1, 4, 5)),
+        ValueError,
+        r".update: expected images of 3 channels, as before, got 1",
+    ),
+    "too few keys": (
+        lambda: EMPTY.update(random_bytes(2, 3, 4, 5), keys=["a"]),
+        ValueError,
+        r".update: expected one key for each of 2 images, got 1 keys",
+    ),
+    "one key": (
+        lambda: EMPTY.update(random_bytes(2, 3, 4, 5), keys="ab"),
+        ValueError,
+        r".update: expected one key for each of 2 images, got 'ab'",
+    ),
+    "same key": (
+        lambda: counted().update(random_bytes(1, 3, 4, 5), keys=["b"]),
+        ValueError,
+        r".update: expected keys that are new, got 'b' again",
+    ),
+    "same key in one batch": (
+        lambda: EMPTY.update(random_bytes(2, 3, 4, 5), keys=["b", "b"]),
+        ValueError,
+        r".update: expected keys that are new, got 'b' again",
+    ),
+    "folds without keys": (
+        lambda: ChannelStatistics(folds=2).update(random_bytes(2, 3, 4, 5)),
+        ValueError,
+        r".update: expected keys, as folds are kept apart by them, got none",
+    ),
+    "nothing": (lambda: EMPTY.mean, ValueError, r".mean: expected at least 1 image .*update\(\)"),
+    "percentile": (
+        lambda: counted().percentile(101),
+        ValueError,
+        r".percentile: expected q to be from 0 to 100, got 101",
+    ),
+    "std": (
+        lambda: counted().normalization(std="all"),  # type: ignore[arg-type]
+        ValueError,
+        r".normalization: expected std to be 'pixels' or 'images', got 'all'",
+    ),
+    "k": (lambda: counted(4).folds(3), ValueError, r".folds: expected k .* to divide 4.*got 3"),
+    "k of 1": (lambda: counted(4).folds(1), ValueError, r".folds: expected k to be 2 or more"),
+    "other folds": (
+        lambda: counted(2) + counted(3),
+        ValueError,
+        r": expected \+ of statistics with as many folds, got 2 and 3",
+    ),
+    "less than nothing": (
+        lambda: EMPTY - counted(),
+        ValueError,
+        r": expected - of a part of what was counted, got counts below 0",
+    ),
+    "not a part": (
+        lambda: statistics_of(SAME) - other_keys(SAME),
+        ValueError,
+        r": expected - of a part of what was counted, got 2 images that were not",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_errors(case: str) -> None:
+    call, error, message = BAD_CALLS[case]
+    with pytest.raises(error, match=f"^ChannelStatistics{message}"):
+        call()
+    assert EMPTY.images == 0
+
+
+def test_all_reduce_without_processes() -> None:
+    with pytest.raises(RuntimeError, match=r"all_reduce: expected torch.distributed to be init"):
+        ChannelStatistics().all_reduce()
+
+
+def test_fold_of_errors() -> None:
+    with pytest.raises(ValueError, match=r"^fold_of: expected folds to be 1 or more, got 0"):
+        pixfuse.fold_of("a", 0)
+
+
+def test_other_operands() -> None:
+    with pytest.raises(TypeError):
+        counted() + 1  # type: ignore[operator]
+    with pytest.raises(TypeError):
+        counted() - 1  # type: ignore[operator]
+    assert counted() != 1
+    assert _id_of("a") != _id_of("b")
+    assert "2 images, 40 pixels" in repr(counted())
