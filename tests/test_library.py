@@ -163,7 +163,7 @@ def test_the_installed_package_is_tested() -> None:
 def test_public_names() -> None:
     public = {name for name in vars(pixfuse) if not name.startswith("_")}
     # Their content is what is public.
-    modules = {"collate", "functional", "loader", "normalization", "pixels", "statistics"}
+    modules = {"cli", "collate", "functional", "loader", "normalization", "pixels", "statistics"}
     assert public - modules == set(pixfuse.__all__)
 
 
