@@ -9,6 +9,8 @@ def main() -> None:
     """Run the command line; say what to install where that is missing."""
     try:
         from pixfuse.cli import pixfuse
+
+        pixfuse(prog_name="pixfuse")
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in ("click", "rich", "PIL"):
             raise
@@ -16,7 +18,6 @@ def main() -> None:
             f"pixfuse: expected {error.name} to be installed for the command line, got none; "
             "pip install 'pixfuse[cli]'"
         )
-    pixfuse(prog_name="pixfuse")
 
 
 if __name__ == "__main__":

@@ -65,21 +65,25 @@ def draw_show(
         modes.append((name, standardize_per_image(pixels, per_channel, input_layout="NHWC")))
     low = min(values.min().item() for _, values in modes)
     high = max(values.max().item() for _, values in modes)
+    span = max(high - low, 1e-6)
     step = max(-(-max(image.size) // _SHOWN), 1)
 
     figure = Figure(figsize=(11, 2.6 * len(modes)), layout="constrained")
     axes = figure.subplots(len(modes), 2, squeeze=False, sharex="col", width_ratios=[2, 3])
     for (name, values), (left, right) in zip(modes, axes, strict=True):
-        shown = (values[:, ::step, ::step] - low) / max(high - low, 1e-12)
+        shown = (values[:, ::step, ::step] - low) / span
         left.imshow(shown.permute(1, 2, 0).numpy())
         left.set_title(name, loc="left")
         left.axis("off")
         for c, channel in enumerate(values):
-            mean, std = (round(v.item(), 2) + 0.0 for v in (channel.mean(), channel.std()))
+            mean, std = (
+                round(number.item(), 2) + 0.0  # no -0.00
+                for number in (channel.mean(), channel.std(correction=0))
+            )
             label = f"{_NAMES[3][c]}: mean {mean:.2f}, std {std:.2f}"
             right.stairs(*_density(pixels[..., c], channel), color=_COLORS[3][c], label=label)
         right.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-        right.set_xlim(low - 0.02 * (high - low), high + 0.02 * (high - low))
+        right.set_xlim(low - 0.02 * span, high + 0.02 * span)
         right.set_yticks([])
         right.spines[["top", "left", "right"]].set_visible(False)
         right.axvline(0, color="#6b7683", linewidth=0.8)

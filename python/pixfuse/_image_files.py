@@ -363,12 +363,12 @@ def plan_work(found: Found, reading: Reading, done: Any, files_each: int = 16) -
             reason = f"expected {reading.channels} channels ({reading.mode}), got {channels}{hint}"
             found.unreadable.append(Unreadable(part.key, reason))
             continue
-        work += _pieces(part, reading, done)
+        work += _pieces(part, done)
     found.unreadable.sort()
     return work
 
 
-def _pieces(part: ArrayPart, reading: Reading, done: Any) -> Iterator[ArrayPart]:
+def _pieces(part: ArrayPart, done: Any) -> Iterator[ArrayPart]:
     """The images of an array that are not done, in runs of at most 512."""
     if _is_compressed(part):
         # Unpacked from its start each time: so once, unless a part of it was counted already.

@@ -228,8 +228,9 @@ def stats(
     if plot is not None:
         with extra("for --plot"):
             import matplotlib.figure  # noqa: F401  (now, and not after an hour of counting)
+    ranks = Ranks()
     try:
-        with Ranks() as ranks:
+        with ranks:
             found = find_images(paths, layout)
             if output is not None and not resume and ranks.rank == 0:
                 _check_unfinished(output, rank_file(output, 0))
@@ -253,7 +254,6 @@ def stats(
                     ranks=ranks,
                     progress=progress,
                 )
-            first = ranks.rank == 0
     except UsageProblemError as error:
         raise click.UsageError(str(error)) from None
     except NotReadableError as error:
@@ -261,7 +261,13 @@ def stats(
     except BrokenProcessPool:
         saved = f"; {output} holds what was counted, --resume goes on" if output else ""
         fail(f"expected the workers to live, got one that died: too little memory?{saved}")
-    if not first and outcome.complete:
+    except KeyboardInterrupt:  # before counting began, or a second one
+        fail("interrupted", 130)
+    except RuntimeError as error:
+        if ranks.size == 1:
+            raise
+        fail(f"expected all processes to reach the end, got one that did not ({error})")
+    if ranks.rank > 0 and outcome.complete:
         return
     summary = summarize(outcome, folds)
     if output is not None:
