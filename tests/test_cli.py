@@ -2,7 +2,9 @@
 
 import json
 import os
+import pty
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -245,6 +247,24 @@ def test_arrays_are_mapped_not_read(tmp_path: Path) -> None:
         array = _image_files.open_array(str(tmp_path / path), member)
         assert isinstance(array, np.memmap)
         assert np.array_equal(array, images)
+
+
+def test_large_arrays_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = np.stack([noise(9, 11, seed) for seed in range(7)])
+    np.save(tmp_path / "a.npy", images)
+    np.savez_compressed(tmp_path / "b.npz", x=images)
+    np.savez_compressed(tmp_path / "one.npz", x=images[0])
+    monkeypatch.setattr(_image_files, "_PIECE_BYTES", 2 * 9 * 11 * 3)
+    for path, member in (("a.npy", ""), ("b.npz", "x.npy")):
+        part = ArrayPart(path, str(tmp_path / path), member, "NHWC", 1, 6)
+        found = list(_image_files.read_array(part))
+        assert all(len(batch) <= 2 for _, batch in found)
+        assert [key for keys, _ in found for key in keys] == part.keys()
+        assert np.array_equal(np.concatenate([batch for _, batch in found]), images[1:6])
+    part = ArrayPart("one", str(tmp_path / "one.npz"), "x.npy", "HWC", 0, 1)
+    [(keys, batch)] = _image_files.read_array(part)
+    assert keys == ["one[0]"]
+    assert np.array_equal(batch, images[:1])
 
 
 def test_gray_arrays(tmp_path: Path) -> None:
@@ -577,6 +597,32 @@ def test_installed_command() -> None:
         assert "Exit codes: 0 done" in result.stdout
 
 
+def test_progress(many: Path) -> None:
+    """On a terminal: how many of how many, the rate, the time left, what cannot be read."""
+    reader, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pixfuse", "stats", many, "--workers", "0"],
+        stdout=subprocess.DEVNULL,
+        stderr=terminal,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "120"},
+    )
+    os.close(terminal)
+    shown = b""
+    while True:
+        try:
+            piece = os.read(reader, 4096)
+        except OSError:  # as a closed terminal reads on Linux
+            break
+        if not piece:
+            break
+        shown += piece
+    os.close(reader)
+    assert process.wait() == 0
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+    assert re.search(r"counting .* \d+/401 +\d+ images/s +0:00:\d\d", plain), plain[-500:]
+    assert "1 unreadable" in plain
+
+
 # --- info, show, bench ---
 
 
@@ -618,6 +664,14 @@ def test_show(photos: Path, tmp_path: Path) -> None:
     Image.new("RGB", (1, 1)).save(tmp_path / "black.png")
     flat = run("show", tmp_path / "black.png", "--output", picture, "--normalization", "unit")
     assert flat.exit_code == 0, flat.output
+
+
+def test_presets_are_all_there() -> None:
+    public = [getattr(pixfuse, name) for name in pixfuse.__all__]
+    presets = [value for value in public if isinstance(value, pixfuse.Normalization)]
+    assert len(presets) == len(cli.PRESETS) > 10
+    assert all(value in cli.PRESETS.values() for value in presets)
+    assert cli.parse_normalization("imagenet") == pixfuse.IMAGENET
 
 
 def test_show_errors(photos: Path) -> None:

@@ -190,10 +190,8 @@ def _in_workers(
     pending: set[concurrent.futures.Future[Piece]] = set()
     try:
         while not interruption.signal:
-            for piece in waiting:
+            while len(pending) < 4 * workers and (piece := next(waiting, None)) is not None:
                 pending.add(pool.submit(count_piece, piece, *how))
-                if len(pending) >= 4 * workers:
-                    break
             if not pending:
                 return
             done, pending = concurrent.futures.wait(

@@ -24,6 +24,8 @@ from PIL import Image, UnidentifiedImageError
 #: Modes whose pixels have more than 8 bits; conversion would clip them.
 _WIDE_MODES = ("I", "F")
 _CHANNELS = {"L": 1, "RGB": 3, "RGBA": 4}
+#: How much of an array is looked at in one piece, at most.
+_PIECE_BYTES, _PIECE_IMAGES = 64 << 20, 512
 _ARRAYS = (".npy", ".npz")
 _PACKED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
@@ -374,7 +376,7 @@ def _pieces(part: ArrayPart, done: Any) -> Iterator[ArrayPart]:
         # Unpacked from its start each time: so once, unless a part of it was counted already.
         longest = part.stop
     else:
-        longest = 512
+        longest = _PIECE_IMAGES
     start = None
     for n, key in zip(range(part.start, part.stop), part.keys(), strict=True):
         if done(key):
@@ -446,10 +448,10 @@ def transform(image: Image.Image, reading: Reading) -> Image.Image:
     return image
 
 
-def read_array(part: ArrayPart, images_each: int = 512) -> Iterator[tuple[list[str], np.ndarray]]:
+def read_array(part: ArrayPart) -> Iterator[tuple[list[str], np.ndarray]]:
     """Keys and (N, H, W, C) views of the images of an array, some at a time."""
     keys = part.keys()
-    for start, array in _open_pieces(part, images_each):
+    for start, array in _open_pieces(part):
         layout = "".join(d for d in "NC" if d not in part.layout) + part.layout
         batch = array.reshape((1,) * (4 - array.ndim) + array.shape)  # a view: ones in front
         batch = batch.transpose([layout.index(d) for d in "NHWC"])
@@ -457,32 +459,37 @@ def read_array(part: ArrayPart, images_each: int = 512) -> Iterator[tuple[list[s
         yield keys[first : first + len(batch)], batch
 
 
-def _open_pieces(part: ArrayPart, images_each: int) -> Iterator[tuple[int, np.ndarray]]:
+def _open_pieces(part: ArrayPart) -> Iterator[tuple[int, np.ndarray]]:
+    """The images from ``part.start`` on, in pieces of bounded size, each with its first index."""
+    array = open_array(part.path, part.member)
+    if "N" not in part.layout:
+        yield 0, array if not _is_compressed(part) else _unpack(part, array.shape)
+        return
+    axis = part.layout.index("N")
+    bytes_each = max(array.nbytes // array.shape[axis], 1)
+    images_each = max(min(_PIECE_BYTES // bytes_each, _PIECE_IMAGES), 1)
     if not _is_compressed(part):
-        array = open_array(part.path, part.member)
-        if "N" not in part.layout:
-            yield 0, array
-            return
-        axis = part.layout.index("N")
         for start in range(part.start, part.stop, images_each):
             stop = min(start + images_each, part.stop)
             yield start, array[(slice(None),) * axis + (slice(start, stop),)]
         return
-    # Compressed: unpacked piece by piece, never all of it.
-    shape, dtype = _header_in_zip(part.path, part.member)
+    if axis != 0:
+        raise ValueError(f"expected a compressed array with N first, got {part.layout}")
     with zipfile.ZipFile(part.path) as file, file.open(part.member) as stream:
         _read_header(stream)
-        if not part.layout.startswith("N"):
-            yield 0, np.frombuffer(stream.read(), dtype).reshape(shape)
-            return
-        each = int(np.prod(shape[1:]))
         for start in range(0, part.stop, images_each):
-            stop = min(start + images_each, part.stop)
-            piece = np.frombuffer(stream.read((stop - start) * each), dtype)
-            piece = piece.reshape(stop - start, *shape[1:])
+            count = min(images_each, part.stop - start)
+            piece = np.frombuffer(stream.read(count * bytes_each), np.uint8)
+            piece = piece.reshape(count, *array.shape[1:])
             skip = max(part.start - start, 0)
-            if skip < len(piece):
+            if skip < count:
                 yield start + skip, piece[skip:]
+
+
+def _unpack(part: ArrayPart, shape: tuple[int, ...]) -> np.ndarray:
+    with zipfile.ZipFile(part.path) as file, file.open(part.member) as stream:
+        _read_header(stream)
+        return np.frombuffer(stream.read(), np.uint8).reshape(shape)
 
 
 def open_array(path: str, member: str) -> np.ndarray:
