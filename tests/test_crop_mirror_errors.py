@@ -475,6 +475,11 @@ BAD_CALLS: dict[str, tuple[Callable[[], dict[str, Any]], Errors, str]] = {
         ValueError,
         r"expected size up to 2147483647, got 2147483648",
     ),
+    "more elements than can be addressed": (
+        lambda: {"size": 2**31 - 1, "out_of_bounds": "pad"},
+        ValueError,
+        r"expected a result that fits in memory, got one of shape \(.*2147483647, 2147483647\)",
+    ),
     # --- windows ---
     "window larger than an image": (
         lambda: {"images": sized((8, 9), (3, 9))},
@@ -745,7 +750,7 @@ BAD_CALLS: dict[str, tuple[Callable[[], dict[str, Any]], Errors, str]] = {
     "normalization of another length": (
         lambda: {"normalization": Normalization((0.5, 0.5), 0.5)},
         ValueError,
-        r"expected images of 2 channels, as mean and std have 2 values, got 3",
+        r"expected images of 2 channels, as mean and std have 2 values, got 3$",
     ),
     "three means for grey images": (
         lambda: {"images": of_channels(1, 1)},

@@ -244,6 +244,13 @@ def test_the_random_order_is_that_of_the_loader() -> None:
     assert [labels.tolist() for _, labels in pixfuse.DeviceLoader(inner, "cpu")] == expected
 
 
+def test_it_does_not_care_for_torchs_default_device() -> None:
+    batch = torch.zeros(1, 3, 4, 5, dtype=torch.uint8)
+    with torch.device("meta"):
+        (result,) = pixfuse.DeviceLoader([batch], "cpu")
+    assert torch.equal(result, torch.zeros(1, 3, 4, 5))
+
+
 def test_the_loader_is_called_in_the_consumers_thread() -> None:
     seen = set()
 
@@ -419,6 +426,39 @@ def test_leaving_early(place: torch.device, prefetch: int, how: str) -> None:
             del iterator
     assert inner.closed == 1
     assert eventually(lambda: threads_running() == [])
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+@pytest.mark.parametrize("where", ["loader", "batch"])
+def test_an_error_leaves_nothing_to_a_garbage_collection(prefetch: int, where: str) -> None:
+    closed = []
+
+    def batches() -> Iterator[torch.Tensor]:
+        try:
+            yield random_bytes(1, 3, 4, 4)
+            if where == "loader":
+                raise BrokenError
+            while True:
+                yield random_bytes(1, 2, 4, 4)
+        finally:
+            closed.append(True)
+
+    def use_all() -> str:
+        try:
+            for _ in pixfuse.DeviceLoader(batches(), "cpu", pixfuse.IMAGENET, prefetch=prefetch):
+                pass
+        except (BrokenError, ValueError) as error:
+            return type(error).__name__
+        return "none"
+
+    gc.collect()
+    gc.disable()
+    try:
+        assert use_all() == ("BrokenError" if where == "loader" else "ValueError")
+        assert closed == [True]
+        assert eventually(lambda: threads_running() == [], seconds=5)
+    finally:
+        gc.enable()
 
 
 def test_leaving_early_ends_the_workers() -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pixfuse
 from benchmarks.torchvision_import import import_torchvision
@@ -221,6 +222,50 @@ def test_a_tensor_that_moves_on_does_not_take_its_memory_along() -> None:
     listed = _images.read([tensor], True)
     tensor.set_(torch.zeros(3, dtype=torch.uint8).untyped_storage())
     assert torch.equal(batch_of(listed, 9, 11, 3)[0], expected)
+
+
+def without_memory() -> dict[str, torch.Tensor]:
+    zeros = torch._efficientzerotensor((3, 4, 5), dtype=torch.uint8)
+    given_back, shrunk = random_bytes(3, 4, 5).clone(), random_bytes(3, 4, 5).clone()
+    given_back.untyped_storage().resize_(0)
+    shrunk.untyped_storage().resize_(59)
+    with FakeTensorMode():
+        fake = torch.empty(3, 4, 5, dtype=torch.uint8)
+    return {
+        "zeros": zeros,
+        "a window of zeros": zeros[:, 1:],  # its address is not 0
+        "fake": fake,
+        "a window of a fake": fake[1:],
+        "given back": given_back,
+        "shrunk": shrunk,
+    }
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+@pytest.mark.parametrize("kind", without_memory())
+def test_tensors_without_memory_are_refused(kind: str) -> None:
+    with pytest.raises(
+        (ValueError, NotImplementedError), match=r"expected images\[1\] to .*memory"
+    ):
+        _images.read([random_bytes(3, 4, 5), without_memory()[kind]], True)
+
+
+def test_a_tensor_of_torch_vmap_is_refused() -> None:
+    def read(tensor: torch.Tensor) -> torch.Tensor:
+        _images.read([tensor], True)
+        return tensor
+
+    with pytest.raises(NotImplementedError, match=r"images\[0\] to be a tensor that has memory"):
+        torch.vmap(read)(random_bytes(2, 3, 4, 5))
+
+
+def test_an_output_without_memory_is_refused() -> None:
+    images = [random_bytes(3, 4, 5)]
+    out = torch.empty(1, 3, 4, 5)
+    out.untyped_storage().resize_(0)
+    for given in (images, images[0][None]):
+        with pytest.raises(ValueError, match="expected out to have memory"):
+            pixfuse.crop_mirror_normalize(given, out=out)
 
 
 # --- lifetime ---

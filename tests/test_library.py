@@ -163,7 +163,8 @@ def test_the_installed_package_is_tested() -> None:
 def test_public_names() -> None:
     public = {name for name in vars(pixfuse) if not name.startswith("_")}
     # Their content is what is public.
-    modules = {"cli", "collate", "functional", "loader", "normalization", "pixels", "statistics"}
+    modules = {"activity", "collate", "convolution", "functional", "loader", "normalization"}
+    modules |= {"cli", "pixels", "statistics"}
     assert public - modules == set(pixfuse.__all__)
 
 
@@ -179,13 +180,18 @@ PUBLIC_FUNCTIONS: dict[str, Callable[..., object]] = {
     "crop_mirror_normalize": pixfuse.crop_mirror_normalize,
     "normalize": pixfuse.normalize,
     "Normalization": pixfuse.Normalization,
+    "UnitActivity": pixfuse.UnitActivity,
+    "conv_bias_relu": pixfuse.conv_bias_relu,
     "empty_cache": pixfuse.empty_cache,
     "info": pixfuse.info,
     "reference.channel_histogram": pixfuse.reference.channel_histogram,
     "reference.denormalize": pixfuse.reference.denormalize,
     "reference.image_moments": pixfuse.reference.image_moments,
     "reference.standardize_per_image": pixfuse.reference.standardize_per_image,
+    "reference.conv_bias_relu": pixfuse.reference.conv_bias_relu,
+    "reference.crop_mirror_normalize": pixfuse.reference.crop_mirror_normalize,
     "reference.normalize": pixfuse.reference.normalize,
+    "transforms.ToNormalized": pixfuse.transforms.ToNormalized,
 }
 
 

@@ -16,8 +16,27 @@ import pixfuse
 
 ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"
-PROGRAM = ROOT / "tests" / "native" / "test_normalize_loop.cpp"
 ISA_CODES = pixfuse._library.ISA_CODES
+
+
+@dataclass(frozen=True)
+class Program:
+    """A test program, and what it tests: sources, and loops that are compiled per machine."""
+
+    name: str
+    sources: tuple[str, ...]
+    loops: tuple[str, ...]
+
+
+NORMALIZE = Program(
+    "test_normalize_loop.cpp",
+    (
+        "common/isa.cpp",
+        "crop_mirror_normalize/crop_mirror_normalize_cpu.cpp",
+        "normalize/normalize_cpu.cpp",
+    ),
+    ("normalize/normalize_loop.cpp",),
+)
 
 
 @dataclass(frozen=True)
@@ -80,14 +99,15 @@ def run(*command: str | Path) -> None:
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> "Builder":
-    return Builder(tmp_path_factory.mktemp("native"))
+    return Builder(tmp_path_factory.mktemp("native"), NORMALIZE)
 
 
 class Builder:
     """Compiles each build once, when it is first asked for."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, program: Program) -> None:
         self.folder = folder
+        self.tested = program
         self.done: set[str] = set()
 
     def program(self, name: str) -> Path:
@@ -115,15 +135,14 @@ class Builder:
         sources: list[tuple[Path, str, list[str]]] = [
             (source, source.stem, ["-ffp-contract=off"])
             for source in (
-                PROGRAM,
-                CSRC / "common" / "isa.cpp",
-                CSRC / "crop_mirror_normalize" / "crop_mirror_normalize_cpu.cpp",
-                CSRC / "normalize" / "normalize_cpu.cpp",
+                ROOT / "tests" / "native" / self.tested.name,
+                *(CSRC / source for source in self.tested.sources),
             )
         ]
-        loop = CSRC / "normalize" / "normalize_loop.cpp"
         for isa, flags in loop_flags(build.machine).items():
-            sources.append((loop, f"loop_{isa}", [*flags, f"-DPIXFUSE_ISA={isa}"]))
+            for loop in self.tested.loops:
+                stem = f"{Path(loop).stem}_{isa}"
+                sources.append((CSRC / loop, stem, [*flags, f"-DPIXFUSE_ISA={isa}"]))
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for finished in [
                 pool.submit(run, *compiler, *flags, "-c", source, "-o", folder / f"{stem}.o")
@@ -210,16 +229,21 @@ def symbols(compiled: Path) -> str:
     ).stdout
 
 
+def check_symbols(built: Builder, name: str) -> None:
+    folder = built.program(name).parent
+    for isa in loop_flags(BUILDS[name].machine):
+        for loop in built.tested.loops:
+            listing = symbols(folder / f"{Path(loop).stem}_{isa}.o")
+            assert shared_symbols(listing) == []
+            visible = re.findall(r"^\w+ T (.*)\(", listing, re.MULTILINE)
+            assert visible
+            assert all(function.startswith(f"pixfuse::{isa}::") for function in visible)
+
+
 @pytest.mark.parametrize("name", ["plain", "aarch64"])
 def test_loops_share_no_function_with_other_files(built: Builder, name: str) -> None:
     """Else a machine without AVX-512 could get the AVX-512 copy of a common inline function."""
-    folder = built.program(name).parent
-    for isa in loop_flags(BUILDS[name].machine):
-        listing = symbols(folder / f"loop_{isa}.o")
-        assert shared_symbols(listing) == []
-        visible = re.findall(r"^\w+ T (.*)\(", listing, re.MULTILINE)
-        assert visible
-        assert all(function.startswith(f"pixfuse::{isa}::") for function in visible)
+    check_symbols(built, name)
 
 
 def test_a_shared_function_is_noticed(built: Builder) -> None:

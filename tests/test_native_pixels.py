@@ -37,6 +37,9 @@ class Program:
 PROGRAMS = {
     "counts": Program("test_count_loops.cpp", ("channel_histogram", "image_moments"), 700),
     "denormalize": Program("test_denormalize_loop.cpp", ("denormalize",), 2500),
+    "standardize_per_image": Program(
+        "test_standardize_loop.cpp", ("image_moments", "normalize", "standardize_per_image"), 700
+    ),
 }
 
 

@@ -4,6 +4,8 @@ import copy
 import gc
 import os
 import pickle
+import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -148,6 +150,56 @@ def test_what_the_worker_still_looks_at_is_left_alone() -> None:
     for images, labels in loader_of(keeping, 80):
         assert_untouched(images, labels)
         del images
+
+
+def test_threads_of_a_worker_get_blocks_of_their_own() -> None:
+    shape = (1, 3, 4, 4)
+    spoiled: list[int] = []
+
+    def write(value: int) -> None:
+        for _ in range(1000):
+            pair = [
+                _shared_memory.shared_output(shape, torch.uint8, torch.contiguous_format)
+                for _ in range(2)
+            ]
+            for tensor in pair:
+                tensor.fill_(value)
+            spoiled.extend(value for tensor in pair if not bool((tensor == value).all()))
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=write, args=(value,)) for value in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+        _shared_memory._blocks.clear()
+    assert spoiled == []
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_fork_while_another_thread_drops_a_batch() -> None:
+    held, forked = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with _shared_memory._fence:
+            held.set()
+            forked.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    child = os.fork()
+    if child == 0:
+        for _ in range(2):  # the second asks whether the first block is free
+            _shared_memory.shared_output((1, 3, 4, 4), torch.uint8, torch.contiguous_format)
+        os._exit(0)
+    forked.set()
+    thread.join()
+    assert wait_for(child, seconds=20) == 0
 
 
 def test_a_fork_of_the_consumer_gives_nothing_back() -> None:

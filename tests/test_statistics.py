@@ -139,6 +139,21 @@ def test_kinds_of_images() -> None:
     assert gray.pixels == 30
 
 
+def test_the_example_of_the_readme() -> None:
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    example = text.split("## Statistics, and back to pixels\n\n```python\n")[1].split("```")[0]
+    values: dict[str, Any] = {
+        "pixfuse": pixfuse,
+        "images": random_bytes(30, 8, 9, 3),
+        "names": names(30),
+    }
+    exec(example, values)
+    assert torch.equal(values["pixels"], values["images"])
+    assert values["counts"].tolist() == [0, 0]
+    assert len(set(values["training"])) == 5
+    assert values["statistics"].images == 30
+
+
 # --- any order, any batches ---
 
 

@@ -132,6 +132,8 @@ struct CropMirrorNormalizeCall {
 
   // Strides are those of N, C, H, W in elements; `output` has room for all of them.
   void set_output(void* output, const int64_t* strides, uint8_t* mask) {
+    // Fake tensors have none, nor has one whose storage was given back.
+    check(output != nullptr || args.sizes[0] == 0, kCropMirrorNormalize, "out to have memory");
     args.output = output;
     args.mask = mask;
     int64_t elements = 1;

@@ -124,6 +124,8 @@ struct Names {
   PyObject* shape = name_of("shape");
   PyObject* stride = name_of("stride");
   PyObject* data_ptr = name_of("data_ptr");
+  PyObject* untyped_storage = name_of("untyped_storage");
+  PyObject* nbytes = name_of("nbytes");
 };
 const Names& names() {
   static const Names* const all = new Names;
@@ -163,6 +165,23 @@ int64_t integer(PyObject* number) {
   const int64_t value = PyLong_AsLongLong(number);
   if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
   return value;
+}
+
+// What a tensor's storage holds. Fake tensors, those of torch.vmap and other subclasses have none,
+// and a storage may have been given back by its owner.
+ByteSpan memory_of(PyObject* tensor, Py_ssize_t index) {
+  const Names& name = names();
+  try {
+    const py::object storage = call(tensor, name.untyped_storage);
+    const auto bytes = static_cast<uintptr_t>(integer(call(storage.ptr(), name.nbytes).ptr()));
+    const auto begin = static_cast<uintptr_t>(integer(call(storage.ptr(), name.data_ptr).ptr()));
+    return {begin, begin == 0 ? begin : begin + bytes};
+  } catch (py::error_already_set& error) {
+    if (!error.matches(PyExc_RuntimeError)) throw;  // NotImplementedError is one, too
+    raise(PyExc_NotImplementedError, index,
+          "to be a tensor that has memory, got " + type_name(tensor) +
+              "; pass a batch tensor (N, C, H, W), which torch itself dispatches");
+  }
 }
 
 }  // namespace
@@ -320,16 +339,24 @@ ImageSource ImageReader::read_tensor(PyObject* image, Py_ssize_t index, Holder& 
     sizes[d] = integer(PyTuple_GET_ITEM(shape.ptr(), d));
     strides[d] = integer(PyTuple_GET_ITEM(stride.ptr(), d));
   }
-  const auto address = PyLong_AsVoidPtr(call(alias.ptr(), name.data_ptr).ptr());
-  if (address == nullptr && PyErr_Occurred()) throw py::error_already_set();
+  const ByteSpan memory = memory_of(alias.ptr(), index);
+  const auto address = static_cast<uintptr_t>(integer(call(alias.ptr(), name.data_ptr).ptr()));
   holder.hold(alias);
-  return {static_cast<const uint8_t*>(address),
-          sizes[1],
-          sizes[2],
-          sizes[0],
-          strides[1],
-          strides[2],
-          strides[0]};
+  const ImageSource source{reinterpret_cast<const uint8_t*>(address),
+                           sizes[1],
+                           sizes[2],
+                           sizes[0],
+                           strides[1],
+                           strides[2],
+                           strides[0]};
+  const ByteSpan span = span_of(source);
+  if (span.begin < span.end && (span.begin < memory.begin || span.end > memory.end)) {
+    raise(PyExc_ValueError, index,
+          "to have its pixels in memory, got a storage of " +
+              std::to_string(memory.end - memory.begin) + " bytes for " +
+              std::to_string(span.end - span.begin));
+  }
+  return source;
 }
 
 }  // namespace pixfuse

@@ -2,7 +2,9 @@
 
 from pixfuse import reference, transforms
 from pixfuse._library import empty_cache, info
+from pixfuse.activity import UnitActivity
 from pixfuse.collate import Collate
+from pixfuse.convolution import conv_bias_relu
 from pixfuse.functional import crop_mirror_normalize, normalize
 from pixfuse.loader import DeviceLoader
 from pixfuse.normalization import (
@@ -43,7 +45,9 @@ __all__ = [
     "Collate",
     "DeviceLoader",
     "Normalization",
+    "UnitActivity",
     "channel_histogram",
+    "conv_bias_relu",
     "crop_mirror_normalize",
     "denormalize",
     "empty_cache",

@@ -83,7 +83,7 @@ def share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def _span(tensor: torch.Tensor) -> tuple[int, int]:
     begin = tensor.data_ptr()
-    if tensor.is_contiguous():
+    if tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last):
         return begin, begin + tensor.nbytes
     if tensor.numel() == 0:
         return begin, begin

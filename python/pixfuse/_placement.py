@@ -19,7 +19,7 @@ _PAD_HINT = 'pass out_of_bounds="pad" to fill what lies outside'
 def resolve_channels(images: Images, channels: Any) -> int:
     """The number of channels of the result, for images that can be brought to it."""
     if channels is not None:
-        if isinstance(channels, bool) or not isinstance(channels, int):
+        if isinstance(channels, bool) or not isinstance(channels, (int, np.integer)):
             raise TypeError(
                 f"{_NAME}: expected channels to be an int or None, got {type(channels).__name__}"
             )
@@ -49,10 +49,11 @@ def resolve_channels(images: Images, channels: Any) -> int:
         # Not `in`: torch.compile does not look for symbols in tuples.
         fits = count == channels or count == 1 or (count == 4 and channels == 3)  # noqa: PLR1714
         if not fits:
+            or_one = ", or of 1, which is repeated" if channels != 1 else ""
             hint = '; convert it with image.convert("L")' if channels == 1 else ""
             raise ValueError(
-                f"{_NAME}: expected images of {channels} channels, or of 1, which is repeated, got "
-                f"{count} in images[{n}]{hint}"
+                f"{_NAME}: expected images of {channels} channels{or_one}, got {count} in "
+                f"images[{n}]{hint}"
             )
     return int(channels)
 

@@ -34,6 +34,15 @@ _owner = 0
 _fence = threading.RLock()
 
 
+def _renew_fence() -> None:
+    """In a fork: the thread that may have held the fence is not there to let go of it."""
+    global _fence  # noqa: PLW0603
+    _fence = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_renew_fence)
+
+
 class SharedTensor(torch.Tensor):
     """A tensor in a block; all that is computed from it is an ordinary tensor."""
 
@@ -102,11 +111,13 @@ def shared_output(
     """Uninitialized shared memory for a batch that will be sent to another process."""
     strides = dense_strides(shape, memory_format is torch.channels_last)
     needed = dtype.itemsize * shape[0] * shape[1] * shape[2] * shape[3]
-    block = _free_block(_round_up(needed))
+    with _fence:  # a worker may have threads of its own
+        block = _free_block(_round_up(needed))
+        if block is not None:
+            block.in_use_here = True
     if block is None:  # as torch's own collate does it
         storage = torch.UntypedStorage._new_shared(needed, device="cpu")
         return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, shape, strides)
-    block.in_use_here = True
     plain = _tensor(block.storage, block.nbytes, shape, strides, dtype, block.drop)
     tensor = plain.as_subclass(SharedTensor)
     tensor.block = block

@@ -32,6 +32,9 @@ from pixfuse._library import (
 from pixfuse._placement import placements_of, resolve_channels, resolve_size
 from pixfuse.normalization import UNIT, Normalization
 
+# The addresses of float32 elements are to fit 64 bits.
+_MOST_ELEMENTS = 2**61 - 1
+
 
 def normalize(
     images: torch.Tensor | np.ndarray,
@@ -220,7 +223,7 @@ def _check_out(
     if layout_code == LAYOUT_CODES["NHWC"]:
         shape = (*shape[:-3], shape[-1], *shape[-3:-1])
     check_out("normalize", out, shape, dtype, images.device)
-    if memory_format is not torch.contiguous_format or not out.is_contiguous():
+    if memory_format is torch.preserve_format or not out.is_contiguous(memory_format=memory_format):
         nchw = view_as_nchw(images, layout_code)
         strides = dense_strides(nchw.shape, resolve_channels_last(nchw, memory_format))
         check_strides("normalize", out, strides, memory_format)
@@ -360,6 +363,11 @@ def crop_mirror_normalize(
             f"channels_last, got {memory_format}"
         )
     shape = (count, channel_count, height, width)
+    if not torch.compiler.is_compiling() and math.prod(shape) > _MOST_ELEMENTS:
+        raise ValueError(
+            "crop_mirror_normalize: expected a result that fits in memory, got one of shape "
+            f"{shape}"
+        )
     strides = dense_strides(shape, memory_format is torch.channels_last)
     if out is not None:
         check_out("crop_mirror_normalize", out, shape, dtype, source.device)
@@ -422,9 +430,10 @@ def _check_crop_normalization(
         return
     count = len(normalization.mean)
     if count != 1 and count != channels:  # noqa: PLR1714 (`in` does not see symbols of torch.compile)
+        hint = f"; pass channels={count}" if channels == 1 or (channels, count) == (4, 3) else ""
         raise ValueError(
             f"crop_mirror_normalize: expected images of {count} channels, as mean and std have "
-            f"{count} values, got {channels}; pass channels={count}"
+            f"{count} values, got {channels}{hint}"
         )
     if normalization.largest > LARGEST[dtype]:
         raise_too_large("crop_mirror_normalize", normalization, dtype)

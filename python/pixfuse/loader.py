@@ -128,7 +128,9 @@ class DeviceLoader:
         # No image at all is enough for normalize to check what was given.
         channels = len(getattr(normalization, "mean", (0,)))
         shape = (0, channels, 1, 1) if input_layout != "NHWC" else (0, 1, 1, channels)
-        normalize(torch.empty(shape, dtype=torch.uint8), normalization, **self._options())
+        normalize(
+            torch.empty(shape, dtype=torch.uint8, device="cpu"), normalization, **self._options()
+        )
 
     def _options(self) -> dict[str, Any]:
         return {
@@ -326,7 +328,12 @@ class _BatchIterator:
         future = self._pending.popleft()
         # An error of the loader is the last of the queue: here it has had its turn.
         self._failing = self._failing and bool(self._pending)
-        return self._line.deliver(future.result())
+        try:
+            return self._line.deliver(future.result())
+        finally:
+            # An error holds this frame, and the future the error: that circle would keep the
+            # thread, and the loader's workers, until a garbage collection.
+            del future
 
     def _has_room(self) -> bool:
         return len(self._pending) <= self._prefetch

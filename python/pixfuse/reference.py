@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.functional import conv2d
 
 from pixfuse._library import LAYOUT_CODES, dense_strides, resolve_channels_last, view_as_nchw
+from pixfuse.activity import UnitActivity
 from pixfuse.normalization import UNIT, Normalization
 
 
@@ -404,3 +406,59 @@ def _standardization(
     std = math.sqrt(float(count * squares - total * total)) / count
     least = 1 / math.sqrt(count) if isinstance(floor, str) else float(floor)
     return high, low, 1 / max(std, least)
+
+
+def conv_bias_relu(
+    input: torch.Tensor | np.ndarray,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | str = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    *,
+    normalization: Normalization | None = None,
+    input_layout: str = "NCHW",
+    dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, UnitActivity]:
+    """Do what :func:`pixfuse.conv_bias_relu` does, in float64 and rounded once at the end.
+
+    Args:
+        input: float of shape (N, C, H, W) or (C, H, W), or uint8 with a ``normalization``, which
+            is then exact in float32.
+        weight: (O, C / groups, kH, kW).
+        bias: (O,), or None.
+        stride: as ``conv2d`` takes it.
+        padding: as ``conv2d`` takes it.
+        dilation: as ``conv2d`` takes it.
+        groups: as ``conv2d`` takes it.
+        normalization: what a byte becomes.
+        input_layout: ``"NCHW"`` or ``"NHWC"``.
+        dtype: of the output; default that of ``weight``. ``torch.float64`` leaves out the rounding.
+
+    Returns:
+        The output, contiguous, and its activity, taken after the rounding.
+
+    Raises:
+        Nothing of its own: arguments are taken as they come.
+    """
+    tensor = torch.from_numpy(input) if isinstance(input, np.ndarray) else input
+    values = view_as_nchw(tensor, LAYOUT_CODES[input_layout])
+    if normalization is not None:
+        values = _float32_values(values, normalization)
+    wide_bias = None if bias is None else bias.double()
+    sums = conv2d(
+        values.double().contiguous(), weight.double(), wide_bias, stride, padding, dilation, groups
+    )
+    output = sums.to(weight.dtype if dtype is None else dtype).relu()
+    batch = output if output.dim() == 4 else output.unsqueeze(0)
+    fires = batch > 0
+    activity = UnitActivity(
+        fires.sum((0, 2, 3)),
+        fires.flatten(2).any(2).sum(0),
+        batch.isnan().sum((0, 2, 3)),
+        batch.detach().double().sum((0, 2, 3)),
+        batch.shape[0] * batch.shape[2] * batch.shape[3],
+        batch.shape[0],
+    )
+    return output, activity

@@ -189,19 +189,22 @@ void test_values() {
     const Four s = {1, 1, 256, 256};
     check({"every value", s, planar(s), planar(s), dtype}, 0, &content);
   }
+  // Channel 0 has exact products, so exact halves; in channel 1 products are rounded.
   std::vector<float> near;
-  for (int step = -2; step < 260; ++step) {
-    float middle = (static_cast<float>(step) + 0.5f - offset_value(0)) / scale_of(0);
-    for (int i = 0; i < 5; ++i) middle = std::nextafter(middle, -1e9f);
-    for (int i = 0; i < 10; ++i) near.push_back(middle = std::nextafter(middle, 1e9f));
-  }
   const float infinity = std::numeric_limits<float>::infinity();
-  for (const float value : {infinity, -infinity, std::nanf(""), 3e38f, -3e38f, 1e-40f, -0.0f}) {
-    near.push_back(value);
+  for (const int64_t c : {0, 1}) {
+    for (int step = -2; step < 260; ++step) {
+      float middle = (static_cast<float>(step) + 0.5f - offset_value(c)) / scale_of(c);
+      for (int i = 0; i < 5; ++i) middle = std::nextafter(middle, -1e9f);
+      for (int i = 0; i < 10; ++i) near.push_back(middle = std::nextafter(middle, 1e9f));
+    }
+    for (const float value : {infinity, -infinity, std::nanf(""), 3e38f, -3e38f, 1e-40f, -0.0f}) {
+      near.push_back(value);
+    }
   }
   std::vector<uint8_t> content(4 * near.size());
   std::memcpy(content.data(), near.data(), content.size());
-  const Four s = {1, 1, 1, static_cast<int64_t>(near.size())};
+  const Four s = {1, 2, 1, static_cast<int64_t>(near.size() / 2)};
   check({"around every step", s, planar(s), planar(s), ElementType::float32}, 0, &content);
 }
 

@@ -1,0 +1,247 @@
+// Picks the instruction set, repacks the weights, splits the work over threads, adds up what they
+// counted.
+#include <atomic>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "common/isa.h"
+#include "conv_bias_relu/conv_bias_relu_loop.h"
+
+namespace pixfuse {
+namespace {
+
+// Below this many multiply-adds (or elements of the last pass), starting threads costs more than
+// they save.
+constexpr int64_t kGrainMultiplyAdds = 1 << 20;
+constexpr int64_t kGrainElements = 32768;
+
+// Weights that stay in the second-level cache for one output row after the other; larger ones are
+// used for several rows before the next block of channels comes.
+constexpr int64_t kCachedWeightFloats = 1 << 16;
+
+struct Loops {
+  int64_t lanes, max_vectors;
+  void (*convolve)(const ConvBiasReluJob&, int64_t first, int64_t last, const Scratch&);
+  void (*relu_count)(const ReluCountJob&, int64_t first, int64_t last);
+};
+
+Loops loops_for(Isa isa) {
+  switch (isa) {
+#if defined(__x86_64__)
+    case Isa::avx2:
+      return {avx2::vector_lanes(), avx2::max_vectors(), avx2::conv_bias_relu_loop,
+              avx2::relu_count_loop};
+    case Isa::avx512:
+      return {avx512::vector_lanes(), avx512::max_vectors(), avx512::conv_bias_relu_loop,
+              avx512::relu_count_loop};
+#elif defined(__aarch64__)
+    case Isa::neon:
+      return {neon::vector_lanes(), neon::max_vectors(), neon::conv_bias_relu_loop,
+              neon::relu_count_loop};
+#endif
+    default:
+      return {portable::vector_lanes(), portable::max_vectors(), portable::conv_bias_relu_loop,
+              portable::relu_count_loop};
+  }
+}
+
+constexpr int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+// Uninitialized memory on a cache line of its own; null when there is none.
+template <class T>
+struct AlignedArray {
+  static constexpr std::align_val_t kAlignment{64};
+  struct Delete {
+    void operator()(T* data) const { operator delete(data, kAlignment); }
+  };
+  std::unique_ptr<T, Delete> data;
+
+  explicit AlignedArray(int64_t count)
+      : data(static_cast<T*>(operator new(static_cast<size_t>(count) * sizeof(T), kAlignment,
+                                          std::nothrow))) {}
+  T* get() const { return data.get(); }
+};
+
+// Numbers of each item and channel, and their sums over items, in the order of the items.
+struct ItemActivity {
+  std::vector<int64_t> active, nan;
+  std::vector<double> sum;
+
+  explicit ItemActivity(int64_t count)
+      : active(static_cast<size_t>(count)),
+        nan(static_cast<size_t>(count)),
+        sum(static_cast<size_t>(count)) {}
+
+  // The numbers of channel c of an image are at (image * items + i) * item_step + c * channel_step.
+  void add_to(const ChannelActivity& activity, int64_t images, int64_t items, int64_t channels,
+              int64_t item_step, int64_t channel_step) const {
+    for (int64_t n = 0; n < images; ++n) {
+      for (int64_t c = 0; c < channels; ++c) {
+        int64_t active_here = 0;
+        for (int64_t i = 0; i < items; ++i) {
+          const auto at = static_cast<size_t>((n * items + i) * item_step + c * channel_step);
+          active_here += active[at];
+          activity.nan[c] += nan[at];
+          activity.output_sum[c] += sum[at];
+        }
+        activity.active[c] += active_here;
+        activity.active_images[c] += active_here > 0 ? 1 : 0;
+      }
+    }
+  }
+};
+
+void pack_weight(const ConvBiasReluJob& job, float* packed) {
+  const ConvBiasReluArgs& args = job.args;
+  const int64_t outputs = args.output_sizes[1], channels = args.input_sizes[1];
+  const int64_t* strides = args.weight_strides;
+  for (int64_t block = 0; block < job.blocks.count; ++block) {
+    const int64_t first = job.blocks.first_vector(block) * job.blocks.lanes;
+    const int64_t last = job.blocks.first_vector(block + 1) * job.blocks.lanes;
+    for (int64_t ky = 0; ky < args.kernel[0]; ++ky) {
+      for (int64_t kx = 0; kx < args.kernel[1]; ++kx) {
+        for (int64_t c = 0; c < channels; ++c) {
+          const float* tap = args.weight + c * strides[1] + ky * strides[2] + kx * strides[3];
+          const int64_t real = last < outputs ? last : outputs;
+          for (int64_t o = first; o < real; ++o) *packed++ = tap[o * strides[0]];
+          for (int64_t o = real; o < last; ++o) *packed++ = 0.0f;
+        }
+      }
+    }
+  }
+}
+
+// The constants of neighbouring values of a line.
+void fill_cycle(ConvBiasReluJob& job) {
+  const int64_t channels = job.args.input_sizes[1];
+  for (int64_t i = 0; i < kCyclePixels * channels; ++i) {
+    const int64_t c = job.interleaved_lines ? i % channels : i / kCyclePixels;
+    const ChannelConstants& channel = job.args.channels[c];
+    job.mean[i] = channel.mean;
+    job.std[i] = channel.std;
+    job.center_high[i] = channel.center_high;
+    job.center_low[i] = channel.center_low;
+    job.inverse_width[i] = channel.inverse_width;
+  }
+}
+
+}  // namespace
+
+int32_t conv_bias_relu_cpu(const ConvBiasReluArgs& args, ParallelFor parallel_for) {
+  const int64_t images = args.output_sizes[0], outputs = args.output_sizes[1];
+  const int64_t height = args.output_sizes[2], width = args.output_sizes[3];
+  const int64_t channels = args.input_sizes[1];
+  if (images == 0 || outputs == 0 || height == 0 || width == 0) return 0;
+  const Loops loops = loops_for(active_isa());
+
+  ConvBiasReluJob job{};
+  job.args = args;
+  const int64_t vectors = (outputs + loops.lanes - 1) / loops.lanes;
+  job.blocks = {loops.lanes, vectors, (vectors + loops.max_vectors - 1) / loops.max_vectors};
+  job.taps_per_row = args.kernel[1] * channels;
+  job.interleaved_lines =
+      channels > 1 && args.input_strides[1] == 1 && args.input_strides[3] == channels;
+  job.line_pixels = (width - 1) * args.stride[1] + (args.kernel[1] - 1) * args.dilation[1] + 1;
+  job.line_floats = round_up(job.line_pixels * channels, 16);
+  const int64_t padded = vectors * loops.lanes;
+  const int64_t weight_floats = args.kernel[0] * job.taps_per_row * padded;
+  job.rows_at_once = weight_floats <= kCachedWeightFloats ? 1 : kItemRows;
+  if (job.rows_at_once > height) job.rows_at_once = height;
+  job.lines = (job.rows_at_once - 1) * args.stride[0] + (args.kernel[0] - 1) * args.dilation[0] + 1;
+  job.items_per_image = (height + kItemRows - 1) / kItemRows;
+  if (args.input_type == ElementType::uint8) fill_cycle(job);
+
+  std::vector<int64_t> offsets;
+  for (int64_t kx = 0; kx < args.kernel[1]; ++kx) {
+    for (int64_t c = 0; c < channels; ++c) {
+      const int64_t pixel = kx * args.dilation[1];
+      offsets.push_back(job.interleaved_lines ? pixel * channels + c : c * job.line_pixels + pixel);
+    }
+  }
+  job.tap_offsets = offsets.data();
+  const AlignedArray<float> weight(weight_floats), bias(padded);
+  if (weight.get() == nullptr || bias.get() == nullptr) throw std::bad_alloc();
+  pack_weight(job, weight.get());
+  for (int64_t o = 0; o < padded; ++o) {
+    bias.get()[o] = args.bias != nullptr && o < outputs ? args.bias[o] : 0.0f;
+  }
+  job.weight = weight.get();
+  job.bias = bias.get();
+
+  const int64_t items = images * job.items_per_image;
+  ItemActivity activity(items * padded);
+  job.item_active = activity.active.data();
+  job.item_nan = activity.nan.data();
+  job.item_sum = activity.sum.data();
+
+  struct Shared {
+    const ConvBiasReluJob& job;
+    const Loops& loops;
+    std::atomic<bool> no_memory = false;
+  } shared{job, loops};
+  const auto body = [](int64_t first, int64_t last, void* context) {
+    Shared& shared = *static_cast<Shared*>(context);
+    const ConvBiasReluJob& job = shared.job;
+    const AlignedArray<float> floats(scratch_floats(job));
+    const AlignedArray<int64_t> held_rows(job.lines);
+    const AlignedArray<const float*> wanted(job.rows_at_once * job.args.kernel[0]);
+    if (floats.get() == nullptr || held_rows.get() == nullptr || wanted.get() == nullptr) {
+      shared.no_memory = true;
+      return;
+    }
+    shared.loops.convolve(job, first, last, {floats.get(), held_rows.get(), wanted.get()});
+  };
+  const int64_t item_rows = height < kItemRows ? height : kItemRows;
+  const int64_t item_work = weight_floats * width * item_rows;
+  const int64_t grain = 1 + kGrainMultiplyAdds / item_work;
+  int32_t status = 0;
+  if (items <= grain) {
+    body(0, items, &shared);
+  } else {
+    status = parallel_for(0, items, grain, body, &shared);
+  }
+  if (shared.no_memory) throw std::bad_alloc();
+  activity.add_to(args.activity, images, job.items_per_image, outputs, padded, 1);
+  return status;
+}
+
+int32_t relu_count_cpu(const ReluCountArgs& args, ParallelFor parallel_for) {
+  if (args.images == 0 || args.channels == 0 || args.pixels == 0) return 0;
+  ReluCountJob job{};
+  job.args = args;
+  job.runs_per_image = (args.pixels + kRunPixels - 1) / kRunPixels;
+  const int64_t items = args.images * (args.channels_last ? job.runs_per_image : args.channels);
+  ItemActivity activity(args.channels_last ? items * args.channels : items);
+  job.item_active = activity.active.data();
+  job.item_nan = activity.nan.data();
+  job.item_sum = activity.sum.data();
+
+  struct Shared {
+    const ReluCountJob& job;
+    Loops loops;
+  } shared{job, loops_for(active_isa())};
+  const auto body = [](int64_t first, int64_t last, void* context) {
+    const Shared& shared = *static_cast<const Shared*>(context);
+    shared.loops.relu_count(shared.job, first, last);
+  };
+  const int64_t item_elements = args.images * args.channels * args.pixels / items;
+  const int64_t grain = 1 + kGrainElements / (item_elements + 1);
+  int32_t status = 0;
+  if (items <= grain) {
+    body(0, items, &shared);
+  } else {
+    status = parallel_for(0, items, grain, body, &shared);
+  }
+  if (args.channels_last) {
+    activity.add_to(args.activity, args.images, job.runs_per_image, args.channels, args.channels,
+                    1);
+  } else {
+    activity.add_to(args.activity, args.images, 1, args.channels, args.channels, 1);
+  }
+  return status;
+}
+
+}  // namespace pixfuse

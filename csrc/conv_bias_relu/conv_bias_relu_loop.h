@@ -1,0 +1,112 @@
+// The loops of one instruction set, as conv_bias_relu_cpu.cpp sees them. The two loop files are
+// compiled once for each namespace below.
+#pragma once
+#include "conv_bias_relu/conv_bias_relu.h"
+
+namespace pixfuse {
+
+// The widest input that goes through the direct convolution: lanes are output channels, so it needs
+// no more input channels than an image has to be fast.
+constexpr int64_t kMaxDirectChannels = 4;
+
+// Results of this many output rows of an image are counted apart and then added in order, so that
+// a sum has the same bits for any number of threads.
+constexpr int64_t kItemRows = 8;
+
+// Neighbouring pixels whose normalization constants are laid out one after the other.
+constexpr int64_t kCyclePixels = 16;
+
+// How many output channels a vector holds, and how the vectors are dealt to passes over the input.
+struct ChannelBlocks {
+  int64_t lanes;    // of a vector
+  int64_t vectors;  // for all output channels, the last one filled up with zeros
+  int64_t count;    // of blocks
+
+  int64_t first_vector(int64_t block) const {
+    const int64_t each = vectors / count, more = vectors % count;
+    return block * each + (block < more ? block : more);
+  }
+};
+
+// What all threads share.
+struct ConvBiasReluJob {
+  ConvBiasReluArgs args;
+  ChannelBlocks blocks;
+  int64_t taps_per_row;        // kernel width times channels
+  const int64_t* tap_offsets;  // [taps_per_row] floats from a pixel to its taps in a line
+  const float* weight;         // [block][kernel row][tap][channel of the block], aligned
+  const float* bias;           // [vectors * lanes], aligned
+  bool interleaved_lines;      // lines hold pixels side by side; else one run for each channel
+  int64_t line_pixels;         // as many as the kernel reaches, padding included
+  int64_t line_floats;         // of a line, aligned
+  int64_t lines;               // held at a time: what `rows_at_once` output rows reach
+  int64_t rows_at_once;
+  int64_t items_per_image;
+  float mean[kCyclePixels * kMaxDirectChannels];  // over neighbouring values of a line
+  float std[kCyclePixels * kMaxDirectChannels];
+  double center_high[kCyclePixels * kMaxDirectChannels];
+  double center_low[kCyclePixels * kMaxDirectChannels];
+  double inverse_width[kCyclePixels * kMaxDirectChannels];
+  // One for each item and channel, vectors * lanes channels to an item.
+  int64_t* item_active;
+  int64_t* item_nan;
+  double* item_sum;
+};
+
+// Floats of scratch memory that a call of the loop needs, aligned to 64 bytes: the lines, one of
+// zeros, and the results of a few pixels.
+constexpr int64_t kStageFloats = 3072;
+static inline int64_t scratch_floats(const ConvBiasReluJob& job) {
+  return (job.lines + 1) * job.line_floats + kStageFloats;
+}
+
+// Memory of one thread.
+struct Scratch {
+  float* floats;         // [scratch_floats]
+  int64_t* held_rows;    // [lines]: which row of the image each line holds
+  const float** wanted;  // [rows_at_once][kernel rows]: the lines that an output row reads
+};
+
+// The last pass over a ready convolution. An item is a plane of a contiguous output, or a run of
+// kRunPixels pixels of a channels-last one; it has one number in each array, or one per channel.
+struct ReluCountJob {
+  ReluCountArgs args;
+  int64_t runs_per_image;  // of a channels-last output
+  int64_t* item_active;
+  int64_t* item_nan;
+  double* item_sum;
+};
+constexpr int64_t kRunPixels = 512;
+
+// max_vectors: how many vectors of output channels one pass over the input computes at most. The
+// loops do the items [first, last); those of a convolution are counted along an image, then images.
+namespace portable {
+int64_t vector_lanes();
+int64_t max_vectors();
+void conv_bias_relu_loop(const ConvBiasReluJob& job, int64_t first, int64_t last,
+                         const Scratch& scratch);
+void relu_count_loop(const ReluCountJob& job, int64_t first, int64_t last);
+}  // namespace portable
+namespace avx2 {
+int64_t vector_lanes();
+int64_t max_vectors();
+void conv_bias_relu_loop(const ConvBiasReluJob& job, int64_t first, int64_t last,
+                         const Scratch& scratch);
+void relu_count_loop(const ReluCountJob& job, int64_t first, int64_t last);
+}  // namespace avx2
+namespace avx512 {
+int64_t vector_lanes();
+int64_t max_vectors();
+void conv_bias_relu_loop(const ConvBiasReluJob& job, int64_t first, int64_t last,
+                         const Scratch& scratch);
+void relu_count_loop(const ReluCountJob& job, int64_t first, int64_t last);
+}  // namespace avx512
+namespace neon {
+int64_t vector_lanes();
+int64_t max_vectors();
+void conv_bias_relu_loop(const ConvBiasReluJob& job, int64_t first, int64_t last,
+                         const Scratch& scratch);
+void relu_count_loop(const ReluCountJob& job, int64_t first, int64_t last);
+}  // namespace neon
+
+}  // namespace pixfuse

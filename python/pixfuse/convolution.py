@@ -1,0 +1,363 @@
+"""Convolution, bias and ReLU in one pass that also says which output channels are alive."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+
+from pixfuse._convolution_autograd import OUTPUT_DTYPE_CODES
+from pixfuse._library import LAYOUT_CODES, view_as_nchw
+from pixfuse.activity import UnitActivity
+from pixfuse.functional import _tensor_from_numpy
+from pixfuse.normalization import Normalization
+
+Pair: TypeAlias = int | Sequence[int]
+
+
+class _Geometry(NamedTuple):
+    """Stride, padding and dilation as the operator takes them."""
+
+    stride: list[int]
+    padding: list[int]  # top, bottom, left, right
+    dilation: list[int]
+
+
+def conv_bias_relu(
+    input: torch.Tensor | np.ndarray,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: Pair = 1,
+    padding: Pair | str = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    *,
+    normalization: Normalization | None = None,
+    input_layout: Literal["NCHW", "NHWC"] = "NCHW",
+    dtype: torch.dtype | None = None,
+    memory_format: torch.memory_format = torch.preserve_format,
+) -> tuple[torch.Tensor, UnitActivity]:
+    """Convolve, add a bias, apply ReLU, and count which output channels fire, in one pass.
+
+    Formula: ``relu(conv2d(input, weight, bias))``, summed up in float32 and rounded once; with
+    uint8 input ``input`` is first normalized as :func:`pixfuse.normalize` does it, line by line,
+    so that the normalized images never exist. Padding is zero in normalized space: borders are
+    exact. The same bits for any number of threads; of up to 4 channels also for any batch size and
+    layout. Between instruction sets the last bits may differ.
+
+    Args:
+        input: float tensor (float32, float16, bfloat16, or float64) of shape (N, C, H, W) or
+            (C, H, W), or uint8 images, tensor or numpy array, with a ``normalization``; with
+            ``input_layout="NHWC"`` channels last. Any strides. Up to 4 channels in one group run
+            as one kernel; more of them as torch's convolution followed by one pass, slice by slice
+            of the batch.
+        weight: (O, C / groups, kH, kW), of the dtype of a float ``input``; with uint8 input of any
+            float dtype but float64.
+        bias: (O,), of the dtype of ``weight``, or None.
+        stride: 1 or more; one number, or height and width.
+        padding: zeros on all sides: a number, or height and width, ``"valid"`` (none) or
+            ``"same"`` (as large an output as the input; needs stride 1).
+        dilation: 1 or more; one number, or height and width.
+        groups: into which input and output channels are split.
+        normalization: what a byte becomes; needed for uint8 input, not allowed for other input.
+        input_layout: the order of the dimensions of ``input``, ``"NCHW"`` or ``"NHWC"``.
+        dtype: of the output. Default: that of ``weight``, or of autocast where it is on. Another
+            one (float32, float16, bfloat16) only with uint8 input.
+        memory_format: of the output: ``torch.contiguous_format``, ``torch.channels_last``, or
+            ``torch.preserve_format``: channels-last when the channels of ``input`` or of
+            ``weight`` lie side by side, as torch's convolution has it.
+
+    Returns:
+        The output, (N, O, H', W') or (O, H', W'), and its :class:`pixfuse.UnitActivity`. Gradients
+        flow to a float ``input``, ``weight`` and ``bias``, twice; none to the activity. With uint8
+        input only the bytes are kept for the backward pass. ``torch.compile`` takes it whole;
+        ``torch.func.vmap`` calls it once for each, ``torch.func.grad`` refuses it, as it does all
+        operators of torch's stable interface.
+
+    Raises:
+        TypeError: a wrong type or dtype; uint8 without a normalization, or float with one.
+        ValueError: a wrong shape, channel count, group count, stride, padding or dilation.
+        NotImplementedError: a device or tensor layout that has no kernel.
+
+    Equivalent to::
+
+        torch.nn.functional.conv2d(input, weight, bias, stride, padding, dilation, groups).relu()
+
+    Source:
+        ``torch.nn.functional.conv2d``, ``torch.nn.functional.relu``.
+    """
+    if not isinstance(input, torch.Tensor):
+        if not isinstance(input, np.ndarray):
+            raise TypeError(
+                "conv_bias_relu: expected input to be a torch.Tensor or a numpy.ndarray, got "
+                f"{type(input).__name__}"
+            )
+        input = _tensor_from_numpy(input)
+    if input_layout not in LAYOUT_CODES:
+        raise ValueError(
+            f"conv_bias_relu: expected input_layout to be 'NCHW' or 'NHWC', got {input_layout!r}"
+        )
+    _check_tensors(input, weight, bias)
+    if input.dim() not in (3, 4):
+        raise ValueError(
+            "conv_bias_relu: expected input to have 4 dimensions (a batch) or 3 (one image), got "
+            f"shape {tuple(input.shape)}"
+        )
+    nchw = view_as_nchw(input, LAYOUT_CODES[input_layout])
+    batch = nchw if nchw.dim() == 4 else nchw.unsqueeze(0)
+    batch, weight, bias, dtype = _resolve_dtypes(batch, weight, bias, normalization, dtype)
+    _check_shapes(batch, weight, bias, groups)
+    geometry = resolve_geometry(batch, weight, stride, padding, dilation)
+    if normalization is None:
+        constants: tuple[Sequence[float], Sequence[float], int] = ((), (), 0)
+    else:
+        constants = (normalization.mean, normalization.std, normalization.rounding_code)
+        _check_normalization(batch, normalization, dtype)
+    output, counts, output_sum = torch.ops.pixfuse.conv_bias_relu.default(
+        batch,
+        weight,
+        bias,
+        geometry.stride,
+        geometry.padding,
+        geometry.dilation,
+        groups,
+        *constants,
+        OUTPUT_DTYPE_CODES[dtype],
+        resolve_output_format(batch, weight, memory_format),
+    )
+    images, _, height, width = output.shape
+    active, active_images, nan = counts.unbind()
+    activity = UnitActivity(
+        active, active_images, nan, output_sum.detach(), images * height * width, images
+    )
+    return output if nchw.dim() == 4 else output.squeeze(0), activity
+
+
+def _lies_channels_last(tensor: torch.Tensor) -> bool:
+    """As torch tells it: of one channel by the strides alone, of one element not at all."""
+    _, channels, height, width = tensor.shape
+    one = channels == 1 and height == 1 and width == 1
+    return bool(tensor.stride(1) == 1 and tensor.stride(3) >= channels and not one)
+
+
+def resolve_output_format(
+    batch: torch.Tensor, weight: torch.Tensor, memory_format: torch.memory_format
+) -> bool:
+    """Whether the output puts the channels of a pixel side by side."""
+    if memory_format is torch.preserve_format:
+        return _lies_channels_last(batch) or _lies_channels_last(weight)
+    if memory_format not in (torch.contiguous_format, torch.channels_last):
+        raise ValueError(
+            "conv_bias_relu: expected memory_format to be torch.contiguous_format, channels_last "
+            f"or preserve_format, got {memory_format}"
+        )
+    return memory_format is torch.channels_last
+
+
+def _pair(name: str, value: object) -> list[int]:
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+        return [value, value]  # type: ignore[list-item]
+    if isinstance(value, Sequence) and not isinstance(value, str) and len(value) in (1, 2):
+        first, last = value[0], value[-1]
+        if isinstance(first, (int, torch.SymInt)) and isinstance(last, (int, torch.SymInt)):
+            return [first, last]  # type: ignore[list-item]
+    raise TypeError(
+        f"conv_bias_relu: expected {name} to be an integer, or two (height, width), got {value!r}"
+    )
+
+
+def resolve_geometry(
+    batch: torch.Tensor,
+    weight: torch.Tensor,
+    stride: Pair,
+    padding: Pair | str,
+    dilation: Pair,
+) -> _Geometry:
+    """Stride, dilation and the padding of each side, checked against the shapes."""
+    strides, dilations = _pair("stride", stride), _pair("dilation", dilation)
+    if min(strides) < 1:
+        raise ValueError(
+            f"conv_bias_relu: expected stride to be 1 or more, got {stride}; non-positive stride "
+            "is not supported"
+        )
+    if min(dilations) < 1:
+        raise ValueError(
+            f"conv_bias_relu: expected dilation to be 1 or more, got {dilation}; dilation should "
+            "be greater than zero"
+        )
+    kernel = weight.shape[2:]
+    reach = [d * (k - 1) + 1 for d, k in zip(dilations, kernel, strict=True)]
+    if isinstance(padding, str):
+        if padding not in ("valid", "same"):
+            raise ValueError(
+                "conv_bias_relu: expected padding to be 'valid', 'same' or integers, got "
+                f"{padding!r}"
+            )
+        if padding == "same" and max(strides) != 1:
+            raise ValueError(
+                f"conv_bias_relu: expected stride 1 with padding='same', got {stride}; "
+                "padding='same' is not supported for strided convolutions"
+            )
+        total = [r - 1 if padding == "same" else 0 for r in reach]
+        sides = [side for t in total for side in (t // 2, t - t // 2)]
+    else:
+        height, width = _pair("padding", padding)
+        if min(height, width) < 0:
+            raise ValueError(
+                f"conv_bias_relu: expected padding to be 0 or more, got {padding}; negative "
+                "padding is not supported"
+            )
+        sides = [height, height, width, width]
+    padded = [batch.shape[2] + sides[0] + sides[1], batch.shape[3] + sides[2] + sides[3]]
+    if padded[0] < reach[0] or padded[1] < reach[1]:
+        raise ValueError(
+            "conv_bias_relu: expected a kernel that is not greater than the padded input size per "
+            f"channel ({padded[0]} x {padded[1]}), got kernel size ({reach[0]} x {reach[1]})"
+        )
+    return _Geometry(strides, sides, dilations)
+
+
+def _check_tensors(input: torch.Tensor, weight: object, bias: object) -> None:
+    for name, tensor in (("input", input), ("weight", weight), ("bias", bias)):
+        if name == "bias" and tensor is None:
+            continue
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(
+                f"conv_bias_relu: expected {name} to be a torch.Tensor, got {type(tensor).__name__}"
+            )
+        if tensor.layout is not torch.strided:
+            raise NotImplementedError(
+                f"conv_bias_relu: expected {name} to be a dense tensor, got layout {tensor.layout}"
+            )
+        if tensor.device != input.device:
+            raise ValueError(
+                f"conv_bias_relu: expected {name} on the device of input ({input.device}), got "
+                f"{tensor.device}"
+            )
+    if input.device.type != "cpu":
+        raise NotImplementedError(
+            "conv_bias_relu: expected input on a device that has a kernel (cpu), got "
+            f"{input.device}; CUDA kernels of this function do not exist yet"
+        )
+
+
+def _resolve_dtypes(
+    batch: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    normalization: Normalization | None,
+    dtype: torch.dtype | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.dtype]:
+    """Everything in the dtype in which it goes to the operator, and the output's dtype."""
+    allowed = OUTPUT_DTYPE_CODES
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype not in allowed:
+            raise TypeError(f"conv_bias_relu: expected {name} of a float dtype, got {tensor.dtype}")
+    if normalization is None:
+        if batch.dtype not in allowed:
+            hint = "; pass normalization= for uint8 images" if batch.dtype == torch.uint8 else ""
+            raise TypeError(
+                f"conv_bias_relu: expected input of a float dtype, got {batch.dtype}{hint}"
+            )
+    elif not isinstance(normalization, Normalization):
+        raise TypeError(
+            "conv_bias_relu: expected normalization to be a pixfuse.Normalization, got "
+            f"{type(normalization).__name__}"
+        )
+    elif batch.dtype is not torch.uint8:
+        raise TypeError(
+            "conv_bias_relu: expected input of dtype uint8 with a normalization, got "
+            f"{batch.dtype}; leave normalization out for input that is normalized already"
+        )
+    if torch.is_autocast_enabled("cpu"):
+        low = torch.get_autocast_dtype("cpu")
+
+        def cast(tensor: torch.Tensor) -> torch.Tensor:
+            eligible = tensor.is_floating_point() and tensor.dtype is not torch.float64
+            return tensor.to(low) if eligible else tensor
+
+        batch, weight = cast(batch), cast(weight)
+        bias = None if bias is None else cast(bias)
+    if normalization is None and batch.dtype is not weight.dtype:
+        raise TypeError(
+            "conv_bias_relu: expected input and weight of the same dtype, got input "
+            f"{batch.dtype} and weight {weight.dtype}"
+        )
+    if bias is not None and bias.dtype is not weight.dtype:
+        raise TypeError(
+            "conv_bias_relu: expected weight and bias of the same dtype, got weight "
+            f"{weight.dtype} and bias {bias.dtype}"
+        )
+    if normalization is not None and weight.dtype is torch.float64:
+        raise TypeError(
+            "conv_bias_relu: expected weight of dtype float32, float16 or bfloat16 with uint8 "
+            "input, got torch.float64"
+        )
+    chosen = weight.dtype if dtype is None else dtype
+    if normalization is None and chosen is not batch.dtype:
+        raise TypeError(
+            f"conv_bias_relu: expected dtype to be that of a float input ({batch.dtype}), got "
+            f"{chosen}; convert the output"
+        )
+    if chosen not in allowed or (normalization is not None and chosen is torch.float64):
+        raise TypeError(
+            f"conv_bias_relu: expected dtype to be torch.float32, float16 or bfloat16, got {chosen}"
+        )
+    return batch, weight, bias, chosen
+
+
+def _check_shapes(
+    batch: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, groups: object
+) -> None:
+    if weight.dim() != 4 or 0 in weight.shape:
+        raise ValueError(
+            "conv_bias_relu: expected weight of shape (O, C / groups, kH, kW) without a 0, got "
+            f"shape {tuple(weight.shape)}"
+        )
+    if not isinstance(groups, int) or isinstance(groups, bool):
+        raise TypeError(
+            f"conv_bias_relu: expected groups to be an integer, got {type(groups).__name__}"
+        )
+    if groups < 1:
+        raise ValueError(
+            f"conv_bias_relu: expected groups to be 1 or more, got {groups}; non-positive groups "
+            "is not supported"
+        )
+    outputs, group_channels = weight.shape[:2]
+    if outputs % groups != 0:
+        raise ValueError(
+            f"conv_bias_relu: expected weight to be divisible by groups={groups} at dimension 0, "
+            f"got weight of size {list(weight.shape)}"
+        )
+    if batch.shape[1] != group_channels * groups:
+        raise ValueError(
+            f"conv_bias_relu: expected input to have {group_channels * groups} channels, as given "
+            f"by groups={groups} and weight of size {list(weight.shape)}, got {batch.shape[1]} "
+            f"channels in (N, C, H, W) shape {tuple(batch.shape)}"
+        )
+    if bias is not None and bias.shape != (outputs,):
+        raise ValueError(
+            f"conv_bias_relu: expected bias to be 1-dimensional with {outputs} elements, as given "
+            f"by weight of size {list(weight.shape)}, got bias of size {list(bias.shape)}"
+        )
+
+
+def _check_normalization(
+    batch: torch.Tensor, normalization: Normalization, dtype: torch.dtype
+) -> None:
+    count = len(normalization.mean)
+    # Not `in`, which cannot be traced where sizes are symbols.
+    if count != 1 and count != batch.shape[1]:
+        raise ValueError(
+            f"conv_bias_relu: expected images of {count} channels, as the mean and std of "
+            f"normalization have {count} values, got {batch.shape[1]} channels"
+        )
+    largest = torch.finfo(dtype).max
+    if normalization.largest > largest:
+        raise ValueError(
+            f"conv_bias_relu: expected normalized images that fit {dtype} (up to "
+            f"{largest:.6g}), got values up to {normalization.largest:.6g}; use "
+            "torch.float32 or a larger std"
+        )

@@ -1,0 +1,1027 @@
+"""`pixfuse.conv_bias_relu` against its float64 reference: values, counts, derivatives, errors."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.functional import conv2d, relu
+
+import pixfuse
+from pixfuse import _library
+from tests.bits import assert_same_bits
+from tests.images import LAYOUTS, random_bytes
+from tests.normalizations import ROUNDINGS, made_up
+
+# Of torch's own convolution.
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FORMATS = (torch.contiguous_format, torch.channels_last)
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far an output may be from the float64 reference, and why."""
+
+    of_sum: float  # times the sum of the magnitudes that are added up, and their number's root
+    of_result: float  # times the result
+    absolute: float
+    reason: str
+
+
+# Each of n additions is wrong by up to 2^-24 of a sum, in either direction: together by about the
+# root of n, and with 4 times that no case here is missed.
+FLOAT32_SUM = 4 * 2.0**-24
+TOLERANCES = {
+    torch.float32: Tolerance(FLOAT32_SUM, 2**-24, 2**-149, "sums in float32"),
+    torch.bfloat16: Tolerance(FLOAT32_SUM, 2**-8, 2**-133, "8 bits, rounded once"),
+    torch.float16: Tolerance(FLOAT32_SUM, 2**-11, 2**-25, "11 bits, subnormal below 2^-14"),
+    torch.float64: Tolerance(4 * 2**-53, 2**-53, 2**-1074, "sums in float64"),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    channels: int
+    outputs: int
+    kernel: tuple[int, int]
+    stride: Any = 1
+    padding: Any = 0
+    dilation: Any = 1
+    groups: int = 1
+    size: tuple[int, int] = (23, 26)
+    images: int = 2
+    bias: bool = True
+
+    def options(self) -> tuple[Any, ...]:
+        return self.stride, self.padding, self.dilation, self.groups
+
+    def weights(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+        taps = self.channels // self.groups * math.prod(self.kernel)
+        weight = torch.randn(self.outputs, self.channels // self.groups, *self.kernel)
+        bias = torch.randn(self.outputs) / 4 if self.bias else None
+        return (weight / math.sqrt(taps)).to(dtype), None if bias is None else bias.to(dtype)
+
+
+class Truth:
+    """Pre-activations in float64, and how far from them a result of some dtype may be."""
+
+    def __init__(
+        self,
+        values: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        options: tuple[Any, ...],
+    ) -> None:
+        wide = values.double().contiguous(), weight.double()
+        wide_bias = None if bias is None else bias.double()
+        self.exact = conv2d(*wide, wide_bias, *options)
+        absolute_bias = None if bias is None else bias.double().abs()
+        self.magnitude = conv2d(wide[0].abs(), wide[1].abs(), absolute_bias, *options)
+        self.root = math.sqrt(weight[0].numel() + 1)
+
+    def error(self, dtype: torch.dtype) -> torch.Tensor:
+        tolerance = TOLERANCES[dtype]
+        return (
+            tolerance.of_sum * self.root * self.magnitude
+            + tolerance.of_result * self.exact.abs()
+            + tolerance.absolute
+        )
+
+
+def check_activity(output: torch.Tensor, activity: pixfuse.UnitActivity) -> None:
+    """The activity is that of the very output that came with it."""
+    batch = output if output.dim() == 4 else output[None]
+    fires = batch > 0
+    assert torch.equal(activity.active, fires.sum((0, 2, 3)))
+    assert torch.equal(activity.active_images, fires.flatten(2).any(2).sum(0))
+    assert torch.equal(activity.nan, batch.isnan().sum((0, 2, 3)))
+    assert activity.positions == batch.shape[0] * batch.shape[2] * batch.shape[3]
+    assert activity.images == batch.shape[0]
+    expected = batch.double().sum((0, 2, 3))
+    torch.testing.assert_close(
+        activity.output_sum, expected, rtol=1e-5, atol=1e-300, equal_nan=True
+    )
+
+
+def check_values(output: torch.Tensor, activity: pixfuse.UnitActivity, truth: Truth) -> None:
+    exact, error = truth.exact, truth.error(output.dtype)
+    assert output.shape == exact.shape
+    too_far = (output.double() - exact.relu()).abs() > error
+    assert not too_far.any(), f"{int(too_far.sum())} of {output.numel()} outputs are too far off"
+    surely = (exact > error).sum((0, 2, 3))
+    perhaps = (exact > -error).sum((0, 2, 3))
+    assert bool((surely <= activity.active).all())
+    assert bool((activity.active <= perhaps).all())
+    check_activity(output, activity)
+
+
+def check(case: Case, input: torch.Tensor, dtypes: tuple[torch.dtype, ...], **options: Any) -> None:
+    """A call on each instruction set against float64: its values, its counts, that both agree.
+
+    `dtypes` are those of the output: of float input its own one.
+    """
+    weight, bias = case.weights(input.dtype if input.is_floating_point() else torch.float32)
+    values = input
+    if not input.is_floating_point():
+        normalization = made_up(case.channels, "torchvision")
+        options["normalization"] = normalization
+        values = pixfuse.reference.normalize(input, normalization)
+    truth = Truth(values, weight, bias, case.options())
+    for isa, dtype in itertools.product(_library.available_isas(), dtypes):
+        with _library.use_isa(isa):
+            output, activity = pixfuse.conv_bias_relu(
+                input, weight, bias, *case.options(), dtype=dtype, **options
+            )
+        assert output.dtype is dtype
+        check_values(output, activity, truth)
+
+
+STEMS = {
+    "resnet": Case(3, 64, (7, 7), 2, 3, size=(65, 64)),
+    "vgg": Case(3, 64, (3, 3), 1, 1, size=(33, 31)),
+    "mobilenet": Case(3, 32, (3, 3), 2, 1, size=(64, 61)),
+    "convnext": Case(3, 96, (4, 4), 4, 0, size=(64, 68)),
+    "vit": Case(3, 768, (16, 16), 16, 0, size=(64, 48), images=1),
+    "alexnet": Case(3, 64, (11, 11), 4, 2, size=(63, 67)),
+}
+
+GRID = [
+    *(
+        Case(3, 16, (k, k), stride, k // 2, size=(25, 37))
+        for k in (1, 2, 3, 4, 5, 6, 7, 11, 16)
+        for stride in (1, 2, 3, 4)
+    ),
+    *(
+        Case(channels, outputs, (3, 3), 1, 1, size=(9, 13))
+        for channels in (1, 2, 3, 4, 8, 13, 64)
+        for outputs in (1, 7, 16, 64, 96, 100, 768)
+    ),
+    *(Case(3, 5, (3, 2), (2, 1), (1, 2), dilation) for dilation in (2, 3, (1, 4), (5, 1))),
+    *(Case(4, 8, (3, 3), 1, 1, 1, groups) for groups in (2, 4)),
+    *(Case(12, 24, (3, 3), 2, 1, 2, groups) for groups in (2, 3, 12)),
+    *(Case(3, 20, (5, 5), 1, padding) for padding in ("same", "valid", (4, 0), 9)),
+    *(Case(channels, 6, (4, 2), 1, "same", (1, 3)) for channels in (3, 8)),
+    *(Case(2, 17, (1, 1), 1, 0, size=(1, width)) for width in (1, 5, 11, 12, 13, 47, 48, 49, 97)),
+    *(Case(channels, 9, (3, 3), 1, 1, bias=False) for channels in (2, 9)),
+    Case(3, 33, (7, 1), (3, 2), (3, 0), size=(64, 7)),
+    Case(1, 4, (20, 20), 1, 0, size=(20, 20)),
+    Case(1, 130, (16, 16), 5, 3, size=(40, 41)),
+]
+
+
+# --- values and counts ---
+
+
+@pytest.mark.parametrize("name", STEMS)
+def test_stems(name: str) -> None:
+    case = STEMS[name]
+    for channels_last, memory_format in itertools.product((False, True), FORMATS):
+        images = random_bytes(case.images, *case.size, case.channels).permute(0, 3, 1, 2)
+        if not channels_last:
+            images = images.contiguous()
+        check(case, images, DTYPES, memory_format=memory_format)
+        for dtype in DTYPES:
+            check(case, images.to(dtype) / 64 - 2, (dtype,), memory_format=memory_format)
+
+
+def test_grid() -> None:
+    for i, case in enumerate(GRID):
+        shape = (case.images, case.channels, *case.size)
+        # Not every combination of layouts and types with every case, but each with many.
+        memory_format = FORMATS[i // 2 % 2]
+        images = random_bytes(*shape).contiguous(memory_format=FORMATS[i % 2])
+        check(case, images, DTYPES, memory_format=memory_format)
+        floats = torch.randn(shape).to(DTYPES[i % 3]).contiguous(memory_format=FORMATS[i // 4 % 2])
+        check(case, floats, (floats.dtype,), memory_format=memory_format)
+
+
+@pytest.mark.parametrize("fault", ["a tap", "the bias", "a pixel", "a border", "a count"])
+def test_a_fault_is_noticed(fault: str) -> None:
+    """Of the checks above, in the case with the most taps."""
+    case = STEMS["vit"]
+    weight, bias = case.weights(torch.float32)
+    assert bias is not None
+    images = torch.randn(1, 3, 64, 48)
+    truth = Truth(images, weight, bias, case.options())
+    if fault == "a tap":
+        weight = weight.clone()
+        weight[5, 1, 7, 7] += 0.002
+    elif fault == "the bias":
+        bias = bias * 1.001
+    elif fault == "a pixel":
+        images = images.clone()
+        images[0, 1, 40, 30] += 0.01
+    elif fault == "a border":
+        images = images.roll(1, 3)
+    output, activity = pixfuse.conv_bias_relu(images, weight, bias, *case.options())
+    if fault == "a count":
+        activity.active[3] += 1
+        with pytest.raises(AssertionError):
+            check_activity(output, activity)
+    else:
+        with pytest.raises(AssertionError, match="outputs are too far off"):
+            check_values(output, activity, truth)
+
+
+def test_no_further_off_than_twice_torch(isa: str) -> None:
+    for case in (*STEMS.values(), Case(64, 64, (3, 3), 1, 1, size=(14, 14)), Case(3, 40, (1, 1))):
+        for dtype in DTYPES:
+            weight, bias = case.weights(dtype)
+            input = torch.randn(case.images, case.channels, *case.size).to(dtype)
+            output, _ = pixfuse.conv_bias_relu(input, weight, bias, *case.options())
+            theirs = relu(conv2d(input, weight, bias, *case.options()))
+            exact = pixfuse.reference.conv_bias_relu(
+                input, weight, bias, *case.options(), dtype=torch.float64
+            )[0]
+
+            def error(result: torch.Tensor, exact: torch.Tensor = exact) -> tuple[float, float]:
+                difference = (result.double() - exact).abs()
+                return difference.max().item(), difference.pow(2).mean().sqrt().item()
+
+            for mine, torchs in zip(error(output), error(theirs), strict=True):
+                assert mine <= 2 * torchs
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_bytes_are_normalized_exactly_as_normalize_does(isa: str, rounding: Any) -> None:
+    """The same bits as from normalized floats: in the middle, and at the borders."""
+    for channels, outputs in ((1, 5), (2, 16), (3, 20), (4, 64), (6, 8)):
+        case = Case(channels, outputs, (3, 5), (1, 2), (2, 3), size=(19, 43))
+        normalization = made_up(channels, rounding)
+        for layout in (random_bytes, LAYOUTS["channels_last"], LAYOUTS["crop"]):
+            images = layout(2, channels, *case.size)
+            weight, bias = case.weights(torch.float32)
+            call = (weight, bias, *case.options())
+            ours, activity = pixfuse.conv_bias_relu(
+                images, *call, normalization=normalization, memory_format=torch.contiguous_format
+            )
+            floats = pixfuse.normalize(images, normalization)
+            expected, of_floats = pixfuse.conv_bias_relu(
+                floats, *call, memory_format=torch.contiguous_format
+            )
+            assert_same_bits(ours, expected)
+            assert torch.equal(activity.output_sum, of_floats.output_sum)
+
+
+def test_one_number_stands_for_every_channel() -> None:
+    case = Case(3, 8, (3, 3))
+    weight, bias = case.weights(torch.float32)
+    images = random_bytes(2, 3, 9, 9)
+    one = pixfuse.conv_bias_relu(images, weight, bias, normalization=pixfuse.SIGNED)[0]
+    three = pixfuse.Normalization([0.5] * 3, [0.5] * 3)
+    assert_same_bits(one, pixfuse.conv_bias_relu(images, weight, bias, normalization=three)[0])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_of_the_input(isa: str, layout: str) -> None:
+    for channels in (1, 3, 5):
+        case = Case(channels, 18, (3, 3), 2, 1, size=(9, 31))
+        images = LAYOUTS[layout](2, channels, *case.size)
+        weight, bias = case.weights(torch.float32)
+        call = (weight, bias, *case.options())
+        options: dict[str, Any] = {
+            "normalization": made_up(channels, "timm"),
+            "memory_format": torch.contiguous_format,
+        }
+        expected, _ = pixfuse.conv_bias_relu(images.clone(), *call, **options)
+        ours, activity = pixfuse.conv_bias_relu(images, *call, **options)
+        nhwc, _ = pixfuse.conv_bias_relu(
+            images.permute(0, 2, 3, 1), *call, input_layout="NHWC", **options
+        )
+        torch.testing.assert_close(ours, expected)  # oneDNN sums up in other orders by layout
+        torch.testing.assert_close(nhwc, expected)
+        if channels <= 4:
+            assert_same_bits(ours, expected)
+            assert_same_bits(nhwc, expected)
+        check_activity(ours, activity)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_strided_floats_and_weights(isa: str, dtype: torch.dtype) -> None:
+    for channels in (3, 6):
+        case = Case(channels, 20, (3, 3), 1, 1, size=(11, 13))
+        weight, bias = case.weights(dtype)
+        assert bias is not None
+        wide = torch.randn(2, channels, 11, 26).to(dtype)
+        every_second = wide[..., ::2]
+        transposed = torch.randn(2, channels, 13, 11).to(dtype).transpose(2, 3)
+        strided_weight = torch.stack([weight, weight], -1)[..., 0]
+        strided_bias = torch.stack([bias, bias], -1)[:, 0]
+        for input in (every_second, transposed, every_second.expand(2, channels, 11, 13)):
+            ours, activity = pixfuse.conv_bias_relu(
+                input, strided_weight, strided_bias, *case.options()
+            )
+            check_values(ours, activity, Truth(input, weight, bias, case.options()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_output_lies_as_that_of_torch(dtype: torch.dtype) -> None:
+    for shape, kernel in itertools.product(
+        [(2, 3, 8, 9), (2, 1, 8, 9), (2, 6, 8, 9), (1, 6, 8, 8)], [(3, 3), (1, 1)]
+    ):
+        for input_format, weight_format in itertools.product(FORMATS, FORMATS):
+            input = torch.randn(shape).to(dtype).contiguous(memory_format=input_format)
+            weight = torch.randn(7, shape[1], *kernel).to(dtype)
+            weight = weight.contiguous(memory_format=weight_format)
+            ours, _ = pixfuse.conv_bias_relu(input, weight)
+            assert ours.stride() == conv2d(input, weight).stride()
+
+
+def test_one_image(isa: str) -> None:
+    for channels in (3, 5):
+        case = Case(channels, 8, (3, 3), 1, 1)
+        weight, bias = case.weights(torch.float32)
+        image = torch.randn(channels, 9, 10)
+        single, activity = pixfuse.conv_bias_relu(image, weight, bias, *case.options())
+        batch, of_batch = pixfuse.conv_bias_relu(image[None], weight, bias, *case.options())
+        assert_same_bits(single, batch[0])
+        assert activity.images == of_batch.images == 1
+        check_activity(single, activity)
+
+
+def test_an_array() -> None:
+    case = Case(3, 8, (3, 3), 2, 1)
+    weight, bias = case.weights(torch.float32)
+    images = random_bytes(2, 9, 10, 3)
+    options: dict[str, Any] = {"normalization": pixfuse.CLIP, "input_layout": "NHWC"}
+    ours, _ = pixfuse.conv_bias_relu(images.numpy(), weight, bias, *case.options(), **options)
+    expected, _ = pixfuse.conv_bias_relu(images, weight, bias, *case.options(), **options)
+    assert_same_bits(ours, expected)
+
+
+@pytest.mark.parametrize("channels", [3, 6])
+def test_no_images(isa: str, channels: int) -> None:
+    weight = torch.randn(5, channels, 3, 3)
+    for input in (torch.empty(0, channels, 8, 9), random_bytes(0, channels, 8, 9)):
+        options = {} if input.is_floating_point() else {"normalization": pixfuse.UNIT}
+        output, activity = pixfuse.conv_bias_relu(input, weight, **options)  # type: ignore[arg-type]
+        assert output.shape == (0, 5, 6, 7)
+        check_activity(output, activity)
+        assert activity.dead_count == 0
+
+
+def test_float64() -> None:
+    for channels in (3, 8):
+        case = Case(channels, 16, (3, 3), 2, 1)
+        for memory_format in FORMATS:
+            input = torch.randn(2, channels, 9, 11, dtype=torch.float64)
+            check(case, input, (torch.float64,), memory_format=memory_format)
+
+
+def test_negated_weights(isa: str) -> None:
+    """relu(z) - relu(-z) = z, and each output is above 0 in one of both, or 0 in both."""
+    for case in (STEMS["resnet"], Case(8, 24, (3, 3), 1, 1)):
+        for dtype in DTYPES:
+            weight, bias = case.weights(dtype)
+            assert bias is not None
+            weight[:3] = 0  # ties, where the bias is 0 too
+            bias[:3] = 0
+            input = torch.randn(2, case.channels, *case.size).to(dtype)
+            above, active = pixfuse.conv_bias_relu(input, weight, bias, *case.options())
+            below, inactive = pixfuse.conv_bias_relu(input, -weight, -bias, *case.options())
+            truth = Truth(input, weight, bias, case.options())
+            difference = above.double() - below.double() - truth.exact
+            assert bool((difference.abs() <= truth.error(dtype)).all())
+            ties = ((above == 0) & (below == 0)).sum((0, 2, 3))
+            assert bool((ties[:3] == active.positions).all())
+            assert bool((active.active + inactive.active + ties == active.positions).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [3, 8])
+def test_what_is_not_a_number(isa: str, channels: int, dtype: torch.dtype) -> None:
+    for memory_format in FORMATS:
+        case = Case(channels, 21, (3, 3), 1, 0, size=(12, 70))
+        weight, bias = case.weights(dtype)
+        assert bias is not None
+        input = torch.randn(2, channels, *case.size).to(dtype)
+        input[0, 1, 5, 5] = math.nan
+        input[1, 0, 3, 66] = math.inf
+        input[1, 0, 3, 67] = -math.inf
+        weight[4, 0, 1, 1] = math.nan
+        weight[5, 1, 0, 0] = math.inf
+        bias[6], bias[7], bias[8] = math.nan, math.inf, -math.inf
+        ours, activity = pixfuse.conv_bias_relu(
+            input, weight, bias, *case.options(), memory_format=memory_format
+        )
+        theirs = relu(conv2d(input, weight, bias, *case.options()))
+        assert torch.equal(ours.isnan(), theirs.isnan())
+        assert torch.equal(ours.isinf(), theirs.isinf())
+        check_activity(ours, activity)
+        assert activity.nan[0] > 0
+        assert activity.nan[4] == activity.positions
+        assert not activity.dead[4]
+        assert activity.active[7] > 0
+        assert activity.nan[8] > 0
+
+
+def test_small_and_large_results_of_float16(isa: str) -> None:
+    """Subnormal numbers, ties, the largest number, and infinity, as torch rounds them."""
+    for channels in (1, 5):
+        wide = torch.tensor(
+            [2**-24, 2**-25, 2**-26, 3 * 2**-25, 5 * 2**-25, 2**-14, 2**-15, 65504, 65519, 65520]
+        )
+        input = torch.ones(1, channels, 1, 1)
+        weight = torch.zeros(10, channels, 1, 1)
+        images = (input * 255).to(torch.uint8)
+        options: dict[str, Any] = {"normalization": pixfuse.UNIT, "dtype": torch.float16}
+        ours, activity = pixfuse.conv_bias_relu(images, weight, wide, **options)
+        assert_same_bits(ours.flatten(), wide.half())
+        check_activity(ours, activity)
+        options["dtype"] = torch.bfloat16
+        ours, activity = pixfuse.conv_bias_relu(images, weight, wide, **options)
+        assert_same_bits(ours.flatten(), wide.bfloat16())
+
+
+def test_the_same_bits_for_any_number_of_threads(isa: str) -> None:
+    for channels, outputs in ((3, 96), (8, 40)):
+        case = Case(channels, outputs, (5, 5), 2, 2, size=(61, 70), images=5)
+        weight, bias = case.weights(torch.float32)
+        for memory_format in FORMATS:
+            input = torch.randn(5, channels, *case.size)
+            results = []
+            for threads in (1, 2, 3, 7):
+                torch.set_num_threads(threads)
+                results.append(
+                    pixfuse.conv_bias_relu(
+                        input, weight, bias, *case.options(), memory_format=memory_format
+                    )
+                )
+            for output, activity in results[1:]:
+                assert_same_bits(output, results[0][0])
+                assert_same_bits(activity.output_sum, results[0][1].output_sum)
+                assert torch.equal(activity.active, results[0][1].active)
+
+
+def test_a_batch_is_its_images(isa: str) -> None:
+    case = STEMS["resnet"]
+    weight, bias = case.weights(torch.float32)
+    images = random_bytes(3, 3, *case.size)
+    call = (weight, bias, *case.options())
+    whole, activity = pixfuse.conv_bias_relu(images, *call, normalization=pixfuse.CLIP)
+    parts = [
+        pixfuse.conv_bias_relu(images[i : i + 1], *call, normalization=pixfuse.CLIP)
+        for i in range(3)
+    ]
+    assert_same_bits(whole, torch.cat([output for output, _ in parts]))
+    total = parts[0][1] + parts[1][1] + parts[2][1]
+    assert torch.equal(total.active, activity.active)
+    assert torch.equal(total.active_images, activity.active_images)
+    assert (total.positions, total.images) == (activity.positions, activity.images)
+
+
+def test_autocast() -> None:
+    case = Case(3, 8, (3, 3), 1, 1)
+    weight, bias = case.weights(torch.float32)
+    input = torch.randn(2, 3, 9, 9)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours, activity = pixfuse.conv_bias_relu(input, weight, bias, *case.options())
+        theirs = relu(conv2d(input, weight, bias, *case.options()))
+        of_bytes, _ = pixfuse.conv_bias_relu(
+            random_bytes(2, 3, 9, 9), weight, bias, normalization=pixfuse.UNIT
+        )
+        wide, _ = pixfuse.conv_bias_relu(input.double(), weight.double())
+    assert ours.dtype is theirs.dtype is of_bytes.dtype is torch.bfloat16
+    assert wide.dtype is torch.float64
+    low = [t.bfloat16() for t in (input, weight)] + [bias.bfloat16() if bias is not None else None]
+    expected, _ = pixfuse.conv_bias_relu(*low, *case.options())  # type: ignore[arg-type]
+    assert_same_bits(ours, expected)
+    check_activity(ours, activity)
+
+
+# --- derivatives ---
+
+
+def torchs(
+    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, case: Case
+) -> torch.Tensor:
+    return relu(conv2d(input, weight, bias, *case.options()))
+
+
+GRADIENT_CASES = [
+    Case(2, 3, (3, 2), (2, 1), (1, 2), (1, 2), size=(4, 3), images=1),
+    Case(2, 2, (2, 2), 1, "same", size=(3, 2), images=2),
+    Case(4, 2, (2, 3), 1, 1, 1, 2, size=(2, 3), images=1),
+    Case(5, 2, (1, 1), bias=False, size=(2, 2), images=1),
+]
+
+
+@pytest.mark.parametrize("case", GRADIENT_CASES, ids=str)
+def test_gradcheck(case: Case) -> None:
+    weight, bias = case.weights(torch.float64)
+    input = torch.randn(case.images, case.channels, *case.size, dtype=torch.float64)
+    inputs = [t.requires_grad_() for t in (input, weight, bias) if t is not None]
+
+    def function(*tensors: torch.Tensor) -> torch.Tensor:
+        given = tensors if len(tensors) == 3 else (*tensors, None)
+        return pixfuse.conv_bias_relu(*given, *case.options())[0]  # type: ignore[arg-type]
+
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_are_those_of_torch(dtype: torch.dtype, memory_format: Any) -> None:
+    for case in (Case(3, 16, (7, 7), 2, 3, size=(21, 30)), *GRADIENT_CASES):
+        given = torch.randn(2, case.channels, *case.size).to(dtype)
+        given = given.contiguous(memory_format=memory_format)
+        weight, bias = case.weights(dtype)
+
+        def leaves(
+            given: torch.Tensor = given,
+            weight: torch.Tensor = weight,
+            bias: torch.Tensor | None = bias,
+        ) -> list[torch.Tensor | None]:
+            return [
+                None if t is None else t.detach().clone().requires_grad_()
+                for t in (given, weight, bias)
+            ]
+
+        ours, theirs = leaves(), leaves()
+        output, _ = pixfuse.conv_bias_relu(*ours, *case.options())  # type: ignore[arg-type]
+        expected = relu(conv2d(*theirs, *case.options()))  # type: ignore[call-overload]
+        gradient = torch.randn(output.shape).to(dtype)
+        agree = (output > 0) == (expected > 0)  # where rounding differs, so does the mask
+        gradient = gradient * agree
+        output.backward(gradient)
+        expected.backward(gradient)
+        for mine, torchs_own in zip(ours, theirs, strict=True):
+            if mine is None or torchs_own is None:
+                continue
+            assert mine.grad is not None
+            assert torchs_own.grad is not None
+            assert mine.grad.dtype is dtype
+            torch.testing.assert_close(mine.grad, torchs_own.grad)
+
+
+@pytest.mark.parametrize("low", [torch.float32, torch.bfloat16])
+def test_gradients_from_bytes(low: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    for slice_bytes in (1, 1 << 24):
+        monkeypatch.setattr("pixfuse._convolution_autograd._SLICE_BYTES", slice_bytes)
+        for channels, padding in ((3, 3), (3, "same"), (6, 1)):
+            case = Case(channels, 16, (4, 4), 1, padding, size=(12, 14), images=3)
+            images = random_bytes(3, channels, *case.size)
+            normalization = made_up(channels, "torchvision")
+            weight, bias = case.weights(torch.float32)
+            assert bias is not None
+            ours = [t.clone().requires_grad_() for t in (weight, bias)]
+            theirs = [t.clone().requires_grad_() for t in (weight, bias)]
+            output, _ = pixfuse.conv_bias_relu(
+                images,
+                ours[0],
+                ours[1],
+                *case.options(),
+                normalization=normalization,
+                dtype=low,
+            )
+            floats = pixfuse.normalize(images, normalization)
+            expected = torchs(floats, theirs[0], theirs[1], case)
+            gradient = torch.randn(output.shape).to(low) * ((output > 0) == (expected > 0))
+            output.backward(gradient)
+            expected.backward(gradient.float())
+            for mine, torchs_own in zip(ours, theirs, strict=True):
+                torch.testing.assert_close(mine.grad, torchs_own.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_second_derivatives_from_bytes() -> None:
+    case = Case(3, 4, (3, 3), 2, 1, size=(7, 8))
+    images = random_bytes(2, 3, *case.size)
+    weight, bias = case.weights(torch.float32)
+    assert bias is not None
+
+    def penalty(function: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
+        leaves = [t.clone().requires_grad_() for t in (weight, bias)]
+        loss = function(*leaves).pow(2).sum()
+        gradients = torch.autograd.grad(loss, leaves, create_graph=True)
+        squares = torch.stack([g.pow(2).sum() for g in gradients])
+        return list(torch.autograd.grad(squares.sum(), leaves))
+
+    ours = penalty(
+        lambda w, b: pixfuse.conv_bias_relu(
+            images, w, b, *case.options(), normalization=pixfuse.SIGNED
+        )[0]
+    )
+    floats = pixfuse.normalize(images, pixfuse.SIGNED)
+    for mine, expected in zip(ours, penalty(lambda w, b: torchs(floats, w, b, case)), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_bytes_are_all_that_is_kept_of_the_images() -> None:
+    case = STEMS["resnet"]
+    weight, bias = case.weights(torch.float32)
+    weight.requires_grad_()
+    images = random_bytes(2, 3, *case.size)
+    kept: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output, _ = pixfuse.conv_bias_relu(
+            images, weight, bias, *case.options(), normalization=pixfuse.UNIT
+        )
+    assert {t.data_ptr() for t in kept} == {
+        images.data_ptr(),
+        weight.data_ptr(),
+        output.data_ptr(),
+    }
+
+
+@pytest.mark.parametrize("channels", [3, 6])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_dead_channel_has_no_gradient(channels: int, dtype: torch.dtype) -> None:
+    case = Case(channels, 12, (3, 3), 1, 1, size=(12, 14))
+    weight, bias = case.weights(torch.float32)
+    assert bias is not None
+    bias[[2, 7]] = -100.0
+    images = random_bytes(2, channels, *case.size)
+    weight, bias = weight.requires_grad_(), bias.requires_grad_()
+    output, activity = pixfuse.conv_bias_relu(
+        images, weight, bias, *case.options(), normalization=pixfuse.UNIT, dtype=dtype
+    )
+    assert activity.dead.nonzero().flatten().tolist() == [2, 7]
+    (output * torch.randn(output.shape).to(dtype)).sum().backward()
+    assert weight.grad is not None
+    assert bias.grad is not None
+    for gradient in (weight.grad, bias.grad):
+        assert bool((gradient[activity.dead] == 0).all())
+        assert bool((gradient[~activity.dead] != 0).flatten(1 if gradient.dim() > 1 else 0).any())
+
+
+def test_no_gradient_flows_to_the_activity() -> None:
+    weight = torch.randn(4, 3, 3, 3, requires_grad=True)
+    output, activity = pixfuse.conv_bias_relu(torch.randn(1, 3, 8, 8), weight)
+    assert output.requires_grad
+    assert not activity.output_sum.requires_grad
+    _, _, sums = torch.ops.pixfuse.conv_bias_relu(
+        torch.randn(1, 3, 8, 8), weight, None, [1, 1], [0] * 4, [1, 1], 1, [], [], 0, 0, False
+    )
+    assert not sums.requires_grad
+
+
+# --- the operator and torch's transformations ---
+
+
+@pytest.fixture
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+OPERANDS: dict[str, Callable[[], tuple[Any, ...]]] = {
+    "floats": lambda: (torch.randn(2, 3, 7, 8), (4, 3, 3, 3), 1, [], [], 0, 0, False),
+    "many channels": lambda: (torch.randn(2, 6, 7, 8), (4, 3, 3, 3), 2, [], [], 0, 0, True),
+    "bytes": lambda: (random_bytes(2, 3, 7, 8), (4, 3, 2, 3), 1, [0.5], [0.25], 0, 0, True),
+    "bytes, many": lambda: (random_bytes(2, 6, 7, 8), (4, 6, 3, 2), 1, [0.5], [0.25], 4, 2, False),
+    "no images": lambda: (torch.randn(0, 3, 7, 8), (4, 3, 3, 3), 1, [], [], 0, 0, False),
+}
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("operand", OPERANDS)
+def test_opcheck(operand: str, requires_grad: bool) -> None:
+    input, shape, groups, *options = OPERANDS[operand]()
+    if input.is_floating_point() and requires_grad:
+        input.requires_grad_()
+    weight = torch.randn(shape, requires_grad=requires_grad)
+    bias = torch.randn(4, requires_grad=requires_grad)
+    for given in (bias, None):
+        arguments = (input, weight, given, [2, 1], [1, 1, 0, 1], [1, 2], groups, *options)
+        torch.library.opcheck(torch.ops.pixfuse.conv_bias_relu.default, arguments)
+    output = torch.ops.pixfuse.conv_bias_relu(*arguments)[0].detach()
+    gradient = torch.randn(output.shape).to(output.dtype).requires_grad_(requires_grad)
+    mean, std, rounding, _, _ = options
+    arguments = (gradient, output, input, weight, [2, 1], [1, 1, 0, 1], [1, 2], groups)
+    wanted = [input.is_floating_point(), True, True]
+    torch.library.opcheck(
+        torch.ops.pixfuse.conv_bias_relu_backward.default,
+        (*arguments, mean, std, rounding, wanted),
+    )
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_to_one_graph(dynamic: bool) -> None:
+    def function(
+        images: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+    ) -> tuple[torch.Tensor, pixfuse.UnitActivity]:
+        return pixfuse.conv_bias_relu(
+            images, weight, bias, 2, 1, normalization=pixfuse.IMAGENET, input_layout="NHWC"
+        )
+
+    counter = CompileCounterWithBackend("aot_eager")
+    run = torch.compile(function, backend=counter, fullgraph=True, dynamic=dynamic)
+    for count in (2, 3) if dynamic else (2,):
+        leaves = [torch.randn(8, 3, 3, 3).requires_grad_(), torch.randn(8).requires_grad_()]
+        same = [t.detach().clone().requires_grad_() for t in leaves]
+        images = random_bytes(count, 17, 19, 3)
+        ours, activity = run(images, *leaves)
+        expected, eager = function(images, *same)
+        assert_same_bits(ours, expected)
+        assert torch.equal(activity.active, eager.active)
+        assert activity.positions == eager.positions
+        ours.pow(2).sum().backward()
+        expected.pow(2).sum().backward()
+        for mine, other in zip(leaves, same, strict=True):
+            torch.testing.assert_close(mine.grad, other.grad)
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_inductor() -> None:
+    def function(input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        output, activity = pixfuse.conv_bias_relu(input.flip(-1), weight, padding="same")
+        return output * 2 + activity.active.view(-1, 1, 1)
+
+    input, weight = torch.randn(2, 3, 8, 9), torch.randn(5, 3, 3, 3)
+    run = torch.compile(function, fullgraph=True)
+    assert_same_bits(run(input, weight), function(input, weight))
+
+
+@pytest.mark.parametrize("memory_format", [*FORMATS, torch.preserve_format])
+def test_fake_tensors_are_like_real_ones(memory_format: torch.memory_format) -> None:
+    for channels, low in itertools.product((1, 3, 6), DTYPES):
+        weight = torch.randn(5, channels, 3, 2)
+        for images in (
+            random_bytes(2, channels, 8, 9),
+            LAYOUTS["channels_last"](2, channels, 8, 9),
+        ):
+            options: dict[str, Any] = {
+                "normalization": pixfuse.UNIT,
+                "memory_format": memory_format,
+                "dtype": low,
+            }
+            real, _ = pixfuse.conv_bias_relu(images, weight, None, 2, 1, **options)
+            with FakeTensorMode() as mode:
+                fake, _ = pixfuse.conv_bias_relu(
+                    mode.from_tensor(images), mode.from_tensor(weight), None, 2, 1, **options
+                )
+            assert (fake.shape, fake.stride(), fake.dtype) == (
+                real.shape,
+                real.stride(),
+                real.dtype,
+            )
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_what_torch_func_can_do() -> None:
+    """What torch does with the operators of its stable interface: no more than this."""
+    weights, input = torch.randn(2, 4, 3, 3, 3), torch.randn(1, 3, 6, 6)
+    each = torch.func.vmap(lambda weight: pixfuse.conv_bias_relu(input, weight)[0])(weights)
+    for weight, output in zip(weights, each, strict=True):
+        assert_same_bits(output, pixfuse.conv_bias_relu(input, weight)[0])
+    with pytest.raises(RuntimeError, match=r"autograd.Function with functorch transforms"):
+        torch.func.grad(lambda w: pixfuse.conv_bias_relu(input, w)[0].sum())(weights[0])
+
+
+# --- errors ---
+
+INPUT, WEIGHT, BIAS = torch.randn(2, 3, 8, 9), torch.randn(4, 3, 3, 3), torch.randn(4)
+IMAGES = torch.randint(256, (2, 3, 8, 9), dtype=torch.uint8)
+
+# Arguments that differ from a good call; the class of the error; its words.
+BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "a list": ({"input": [1]}, TypeError, r"expected input to be a torch.Tensor or .*, got list"),
+    "no weight": ({"weight": None}, TypeError, r"expected weight to be a torch.Tensor, got NoneT"),
+    "bias a number": ({"bias": 1.0}, TypeError, r"expected bias to be a torch.Tensor, got float"),
+    "bytes alone": (
+        {"input": IMAGES},
+        TypeError,
+        r"expected input of a float dtype, got torch.uint8; pass normalization= for uint8 images",
+    ),
+    "integers": (
+        {"input": IMAGES.int()},
+        TypeError,
+        r"expected input of a float dtype, got torch.int32$",
+    ),
+    "float with a normalization": (
+        {"normalization": pixfuse.UNIT},
+        TypeError,
+        r"expected input of dtype uint8 with a normalization, got torch.float32; leave",
+    ),
+    "another normalization": (
+        {"input": IMAGES, "normalization": 0.5},
+        TypeError,
+        r"expected normalization to be a pixfuse.Normalization, got float",
+    ),
+    "integer weight": (
+        {"weight": WEIGHT.long()},
+        TypeError,
+        r"expected weight of a float dtype, got torch.int64",
+    ),
+    "mixed dtypes": (
+        {"weight": WEIGHT.half(), "bias": None},
+        TypeError,
+        r"expected input and weight of the same dtype, got input torch.float32 and weight torch.fl",
+    ),
+    "mixed bias": (
+        {"bias": BIAS.double()},
+        TypeError,
+        r"expected weight and bias of the same dtype, got weight torch.float32 and bias torch.flo",
+    ),
+    "float64 with bytes": (
+        {
+            "input": IMAGES,
+            "weight": WEIGHT.double(),
+            "bias": None,
+            "normalization": pixfuse.UNIT,
+        },
+        TypeError,
+        r"expected weight of dtype float32, float16 or bfloat16 with uint8 input, got torch.flo",
+    ),
+    "another output dtype": (
+        {"dtype": torch.float16},
+        TypeError,
+        r"expected dtype to be that of a float input \(torch.float32\), got torch.float16",
+    ),
+    "integer output": (
+        {"input": IMAGES, "normalization": pixfuse.UNIT, "dtype": torch.int32},
+        TypeError,
+        r"expected dtype to be torch.float32, float16 or bfloat16, got torch.int32",
+    ),
+    "rank 2": (
+        {"input": INPUT[0, 0]},
+        ValueError,
+        r"expected input to have 4 dimensions \(a batch\) or 3 \(one image\), got shape \(8, 9\)",
+    ),
+    "rank 5": ({"input": INPUT[None]}, ValueError, r"expected input to have 4 dimensions .*"),
+    "weight of rank 3": (
+        {"weight": WEIGHT[0]},
+        ValueError,
+        r"expected weight of shape \(O, C / groups, kH, kW\) without a 0, got shape \(3, 3, 3\)",
+    ),
+    "empty weight": ({"weight": WEIGHT[:0]}, ValueError, r"expected weight of shape .* without a"),
+    "channels": (
+        {"input": INPUT[:, :2]},
+        ValueError,
+        r"expected input to have 3 channels, as given by groups=1 and weight of size "
+        r"\[4, 3, 3, 3\], got 2 channels in \(N, C, H, W\) shape \(2, 2, 8, 9\)",
+    ),
+    "channels of a group": (
+        {"groups": 2},
+        ValueError,
+        r"expected input to have 6 channels, as given by groups=2",
+    ),
+    "groups": (
+        {"groups": 3, "weight": WEIGHT[:, :1]},
+        ValueError,
+        r"expected weight to be divisible by groups=3 at dimension 0, got weight of size "
+        r"\[4, 1, 3, 3\]",
+    ),
+    "no groups": (
+        {"groups": 0},
+        ValueError,
+        r"expected groups to be 1 or more, got 0; non-positive groups is not supported",
+    ),
+    "fraction of a group": (
+        {"groups": 1.0},
+        TypeError,
+        r"expected groups to be an integer, got fl",
+    ),
+    "bias": (
+        {"bias": BIAS[:3]},
+        ValueError,
+        r"expected bias to be 1-dimensional with 4 elements, .*, got bias of size \[3\]",
+    ),
+    "no stride": (
+        {"stride": (1, 0)},
+        ValueError,
+        r"expected stride to be 1 or more, got \(1, 0\); non-positive stride is not supported",
+    ),
+    "three strides": (
+        {"stride": (1, 1, 1)},
+        TypeError,
+        r"expected stride to be an integer, or two \(height, width\), got \(1, 1, 1\)",
+    ),
+    "negative dilation": (
+        {"dilation": -1},
+        ValueError,
+        r"expected dilation to be 1 or more, got -1; dilation should be greater than zero",
+    ),
+    "negative padding": (
+        {"padding": -1},
+        ValueError,
+        r"expected padding to be 0 or more, got -1; negative padding is not supported",
+    ),
+    "unknown padding": (
+        {"padding": "reflect"},
+        ValueError,
+        r"expected padding to be 'valid', 'same' or integers, got 'reflect'",
+    ),
+    "same with a stride": (
+        {"padding": "same", "stride": 2},
+        ValueError,
+        r"expected stride 1 with padding='same', got 2; padding='same' is not supported for str",
+    ),
+    "large kernel": (
+        {"dilation": 4},
+        ValueError,
+        r"expected a kernel that is not greater than the padded input size per channel \(8 x 9\), "
+        r"got kernel size \(9 x 9\)",
+    ),
+    "channels of the normalization": (
+        {"input": IMAGES, "normalization": pixfuse.Normalization([0, 0], 1)},
+        ValueError,
+        r"expected images of 2 channels, as the mean and std of normalization have 2 values, got 3",
+    ),
+    "normalized too large": (
+        {
+            "input": IMAGES,
+            "normalization": pixfuse.Normalization(0, 1e-6),
+            "dtype": torch.float16,
+        },
+        ValueError,
+        r"expected normalized images that fit torch.float16 \(up to 65504\), got values up to",
+    ),
+    "layout": (
+        {"input_layout": "nhwc"},
+        ValueError,
+        r"expected input_layout to be 'NCHW' or 'NHWC', got 'nhwc'",
+    ),
+    "memory format": (
+        {"memory_format": torch.channels_last_3d},
+        ValueError,
+        r"expected memory_format to be torch.contiguous_format, channels_last or preserve_format",
+    ),
+    "sparse": (
+        {"input": INPUT.to_sparse()},
+        NotImplementedError,
+        r"expected input to be a dense tensor, got layout torch.sparse_coo",
+    ),
+    "another device": (
+        {"weight": WEIGHT.to("meta")},
+        ValueError,
+        r"expected weight on the device of input \(cpu\), got meta",
+    ),
+    "no kernel": (
+        {"input": INPUT.to("meta"), "weight": WEIGHT.to("meta"), "bias": None},
+        NotImplementedError,
+        r"expected input on a device that has a kernel \(cpu\), got meta",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_bad_calls(case: str) -> None:
+    changed, error, message = BAD_CALLS[case]
+    good: dict[str, Any] = {"input": INPUT, "weight": WEIGHT, "bias": BIAS}
+    with pytest.raises(error, match=f"^conv_bias_relu: {message}"):
+        pixfuse.conv_bias_relu(**{**good, **changed})
+
+
+def operator(**changed: Any) -> Any:
+    arguments: dict[str, Any] = {
+        "input": INPUT,
+        "weight": WEIGHT,
+        "bias": BIAS,
+        "stride": [1, 1],
+        "padding": [0, 0, 0, 0],
+        "dilation": [1, 1],
+        "groups": 1,
+        "mean": [],
+        "std": [],
+        "rounding": 0,
+        "dtype": 0,
+        "channels_last": False,
+    }
+    return torch.ops.pixfuse.conv_bias_relu(**{**arguments, **changed})
+
+
+BAD_OPERANDS: dict[str, tuple[dict[str, Any], str]] = {
+    "dtype": ({"dtype": 3}, r"dtype 0 \(float32\), .* got 3"),
+    "stride": ({"stride": [0, 1]}, "stride and dilation of at least 1"),
+    "strides": ({"stride": [1]}, "2 strides, 2 dilations and 4 paddings"),
+    "padding": ({"padding": [0, 0, -1, 0]}, "padding of at least 0"),
+    "groups": ({"groups": 0}, "groups of at least 1, got 0"),
+    "channels": ({"input": INPUT[:, :2]}, "input of 3 channels in 1 groups of outputs, got 2"),
+    "rank": ({"input": INPUT[0]}, "input and weight to have 4 dimensions"),
+    "bias": ({"bias": BIAS[:3]}, r"bias of shape \(4\)"),
+    "bias dtype": ({"bias": BIAS.half()}, "bias of the dtype of weight"),
+    "kernel": ({"dilation": [9, 1]}, r"a kernel that fits into the padded input \(8\), got one"),
+    "empty": ({"weight": WEIGHT[:0]}, "weight without a size of 0"),
+    "dtypes": ({"weight": WEIGHT.half()}, "input, weight and output of the same dtype, or uint8"),
+    "mean": ({"input": IMAGES, "mean": [0.0, 0.0], "std": [1.0, 1.0]}, "mean and std with 1 value"),
+    "std": ({"input": IMAGES, "mean": [0.0], "std": [0.0]}, "std above 0 and finite in float32"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_OPERANDS)
+def test_the_operator_asserts_the_same(case: str) -> None:
+    changed, message = BAD_OPERANDS[case]
+    with pytest.raises((ValueError, RuntimeError), match=f"expected {message}"):
+        operator(**changed)
+
+
+def test_arrays_are_images() -> None:
+    with pytest.raises(TypeError, match=r"expected images of dtype uint8, got float64"):
+        pixfuse.conv_bias_relu(np.zeros((1, 3, 8, 8)), WEIGHT, normalization=pixfuse.UNIT)
