@@ -235,16 +235,19 @@ class _Finder:
             here = (status.st_dev, status.st_ino)
             if here in above:
                 return
-            names = sorted(os.listdir(folder))  # noqa: PTH208  (names, not paths)
+            with os.scandir(folder) as found:
+                entries = sorted(found, key=lambda entry: entry.name)
         except OSError as error:
             self.problem(key, error)
             return
-        for name in names:
-            entry = folder / name
+        for entry in entries:
+            entry_key = f"{key}/{_printable(entry.name)}"
             if entry.is_dir():
-                self.add_folder(entry, f"{key}/{_printable(name)}", (*above, here))
+                self.add_folder(Path(entry.path), entry_key, (*above, here))
+            elif os.path.splitext(entry.name)[1].lower() in self.images:  # noqa: PTH122  (quick)
+                self.found.files.append(ImageFile(entry_key, entry.path))
             else:
-                self.add(entry, f"{key}/{_printable(name)}")
+                self.add(Path(entry.path), entry_key)
 
     def add_list(self, path: Path, key: str) -> None:
         """A text file of paths; relative ones start at its folder."""
