@@ -7,6 +7,7 @@ import math
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from decimal import Decimal, localcontext
 from fractions import Fraction
@@ -193,6 +194,40 @@ def test_a_batch_is_its_images() -> None:
     for image, name in zip(images, names(6), strict=True):
         one_by_one.update(image, keys=[name])
     assert batch == one_by_one
+
+
+def test_results_keep_what_they_were_made_of() -> None:
+    """Later images count in the statistics that they are given to, and nowhere else."""
+    images = dataset(30)
+    a, nothing = ChannelStatistics(folds=2), ChannelStatistics(folds=2)
+    a.update(images[:20], keys=names(20))
+    made = [a + nothing, nothing + a, a - nothing, *a.folds(2)]
+    before = [repr(one) + json.dumps(one._to_dict()) for one in made]
+    a.update(images[20:], keys=names(30)[20:])
+    assert [repr(one) + json.dumps(one._to_dict()) for one in made] == before
+    for one in made[:3]:
+        one.update(images[20:], keys=names(30)[20:])
+        assert one == a
+
+
+@pytest.mark.parametrize("folds", [1, 4])
+def test_an_update_takes_no_longer_after_many(folds: int) -> None:
+    """What was counted before is neither copied nor looked through."""
+    times = []
+    for many in (0, 1_000_000):
+        statistics = ChannelStatistics(folds=folds)
+        images = random_bytes(1, 3, 2, 2)
+        statistics.update(images, keys=["first"])
+        for part in statistics._parts:
+            assert part is not None
+            part.ids.update(range(many))
+        seconds = []
+        for n in range(30):
+            start = time.perf_counter()
+            statistics.update(images, keys=[f"{n}"])
+            seconds.append(time.perf_counter() - start)
+        times.append(min(seconds))
+    assert times[1] < 10 * times[0]
 
 
 def test_overlap_is_warned_of() -> None:

@@ -70,6 +70,19 @@ class _Part:
     def empty(channels: int) -> _Part:
         return _Part(np.zeros((channels, 256), np.int64), [0] * channels)
 
+    def copy(self) -> _Part:
+        return self.combined(_Part.empty(len(self.counts)), 1)
+
+    def add(self, other: _Part) -> None:
+        """In place: what was counted before is not copied for every batch."""
+        self.counts += other.counts
+        self.image_std_sums = [
+            a + b for a, b in zip(self.image_std_sums, other.image_std_sums, strict=True)
+        ]
+        self.images += other.images
+        self.pixels += other.pixels
+        self.ids |= other.ids
+
     def combined(self, other: _Part, sign: int) -> _Part:
         sums = zip(self.image_std_sums, other.image_std_sums, strict=True)
         return _Part(
@@ -167,7 +180,10 @@ class ChannelStatistics:
                 part.image_std_sums[c] += math.isqrt(spread << (2 * _STD_BITS)) // pixels
         for index, part in enumerate(added):
             before = self._parts[index]
-            self._parts[index] = part if before is None else before.combined(part, 1)
+            if before is None:
+                self._parts[index] = part
+            else:
+                before.add(part)
 
     def _new_ids(self, keys: Sequence[str] | None, count: int) -> list[int]:
         if keys is None:
@@ -183,9 +199,10 @@ class ChannelStatistics:
                 f"ChannelStatistics.update: expected one key for each of {count} images, got {got}"
             )
         ids = [_id_of(key) for key in keys]
-        seen: set[int] = set().union(*(part.ids for part in self._parts if part is not None))
+        seen: set[int] = set()
+        before = [part.ids for part in self._parts if part is not None]
         for key, number in zip(keys, ids, strict=True):
-            if number in seen:
+            if number in seen or any(number in known for known in before):
                 raise ValueError(
                     f"ChannelStatistics.update: expected keys that are new, got {key!r} again"
                 )
@@ -193,7 +210,7 @@ class ChannelStatistics:
         return ids
 
     def _check_channels(self, method: str, channels: int) -> None:
-        known = self._total_or_none()
+        known = next((part for part in self._parts if part is not None), None)
         if known is not None and len(known.counts) != channels:
             raise ValueError(
                 f"ChannelStatistics.{method}: expected images of {len(known.counts)} channels, as "
@@ -368,9 +385,9 @@ class ChannelStatistics:
                 f"ChannelStatistics: expected {operator} of statistics with as many folds, got "
                 f"{len(self._parts)} and {len(other._parts)}"
             )
-        total = other._total_or_none()
-        if total is not None:
-            self._check_channels(operator, len(total.counts))
+        part = next((part for part in other._parts if part is not None), None)
+        if part is not None:
+            self._check_channels(operator, len(part.counts))
 
     def _combined(self, other: ChannelStatistics, sign: int) -> ChannelStatistics:
         same = sign < 0 or self.split == other.split
@@ -379,7 +396,7 @@ class ChannelStatistics:
         )
         for index, (a, b) in enumerate(zip(self._parts, other._parts, strict=True)):
             if b is None:
-                result._parts[index] = a
+                result._parts[index] = None if a is None else a.copy()
             else:
                 base = _Part.empty(len(b.counts)) if a is None else a
                 result._parts[index] = base.combined(b, sign)
@@ -411,7 +428,7 @@ class ChannelStatistics:
             result = ChannelStatistics(f"{self.split}-fold{fold}of{k}")
             parts = [part for i, part in enumerate(self._parts) if i % k != fold and part]
             if parts:
-                total = parts[0]
+                total = parts[0].copy()
                 for part in parts[1:]:
                     total = total.combined(part, 1)
                 result._parts = [total]
