@@ -124,6 +124,18 @@ def test_the_readme() -> None:
     assert torch.equal(names["x"], expected)  # of the DeviceLoader: one batch is all there is
 
 
+def test_the_readme_on_units() -> None:
+    images = torch.randint(256, (4, 32, 32, 3), dtype=torch.uint8)
+    bias = torch.tensor([-1e3] + [0.0] * 7)  # the first channel can never fire
+    names = {"pixfuse": pixfuse, "images": images, "weight": torch.randn(8, 3, 7, 7), "bias": bias}
+    (block,) = sections(README.read_text())["Which units live"]
+    exec(compile(block, str(README), "exec"), names)
+    output, activity = names["output"], names["activity"]
+    assert isinstance(output, torch.Tensor)
+    assert isinstance(activity, pixfuse.UnitActivity)
+    assert activity.dead_count == (output.amax((0, 2, 3)) == 0).sum() == 1
+
+
 def test_every_recipe_asserts_something() -> None:
     assert len(RECIPES) >= 12
     for recipe, blocks in RECIPES.items():

@@ -195,19 +195,13 @@ def test_a_batch_is_its_images() -> None:
     assert batch == one_by_one
 
 
-def test_what_follows_from_statistics_stays_as_it_is() -> None:
-    images = dataset(9)
-    first = ChannelStatistics("train", folds=3)
-    first.update(images[:5], keys=names(9)[:5])
-    nothing = ChannelStatistics("train", folds=3)
-    followed = [first + nothing, nothing + first, first - nothing, *first.folds(3)]
-    saved = [statistics._to_dict() for statistics in followed]
-    counts = first.counts.clone()
-    first.update(images[5:], keys=names(9)[5:])
-    assert [statistics._to_dict() for statistics in followed] == saved
-    followed[0].update(images[5:], keys=names(9)[5:])
-    assert followed[0] == first
-    assert not torch.equal(first.counts, counts)
+def test_a_difference_is_what_was_never_together() -> None:
+    images = random_bytes(3, 3, 4, 5)
+    all_three, two, one = (ChannelStatistics(folds=7) for _ in range(3))
+    all_three.update(images, keys=names(3))
+    two.update(images[:2], keys=names(2))
+    one.update(images[2:], keys=names(3)[2:])
+    assert all_three - two == one
 
 
 def test_a_refused_batch_changes_nothing() -> None:
@@ -245,6 +239,20 @@ def test_a_batch_costs_the_same_however_much_was_counted(folds: int) -> None:
     for repeated in ("new 3", names(30)[7]):
         with pytest.raises(ValueError, match=f"keys that are new, got '{repeated}' again"):
             statistics.update(random_bytes(1, 1, 1, 1), keys=[repeated])
+
+
+def test_results_keep_what_they_were_made_of() -> None:
+    """Later images count in the statistics that they are given to, and nowhere else."""
+    images = dataset(30)
+    a, nothing = ChannelStatistics(folds=2), ChannelStatistics(folds=2)
+    a.update(images[:20], keys=names(20))
+    made = [a + nothing, nothing + a, a - nothing, *a.folds(2)]
+    before = [repr(one) + json.dumps(one._to_dict()) for one in made]
+    a.update(images[20:], keys=names(30)[20:])
+    assert [repr(one) + json.dumps(one._to_dict()) for one in made] == before
+    for one in made[:3]:
+        one.update(images[20:], keys=names(30)[20:])
+        assert one == a
 
 
 def test_overlap_is_warned_of() -> None:

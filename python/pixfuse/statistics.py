@@ -161,13 +161,11 @@ class ChannelStatistics:
         whole = len(self._parts) == 1
         if count == 0:
             return
-        added: dict[int, _Part] = {}
+        added = [_Part.empty(channels) for _ in self._parts]
         for n, (of_sums, of_squares) in enumerate(
             zip(sums.tolist(), squares.tolist(), strict=True)
         ):
             fold = 0 if whole else ids[n] % len(self._parts)
-            if fold not in added:
-                added[fold] = _Part.empty(channels)
             part = added[fold]
             if not whole:
                 image = images if getattr(images, "ndim", 0) == 3 else images[n]
@@ -182,7 +180,7 @@ class ChannelStatistics:
                 part.image_std_sums[c] += math.isqrt(spread << (2 * _STD_BITS)) // pixels
         if whole:
             added[0].counts += channel_histogram(images, input_layout).cpu().numpy()
-        for fold, part in added.items():  # nothing fails from here on
+        for fold, part in enumerate(added):  # nothing fails from here on
             before = self._parts[fold]
             if before is None:
                 self._parts[fold] = part
@@ -382,9 +380,9 @@ class ChannelStatistics:
                 f"ChannelStatistics: expected {operator} of statistics with as many folds, got "
                 f"{len(self._parts)} and {len(other._parts)}"
             )
-        total = other._total_or_none()
-        if total is not None:
-            self._check_channels(operator, len(total.counts))
+        part = next((part for part in other._parts if part is not None), None)
+        if part is not None:
+            self._check_channels(operator, len(part.counts))
 
     def _combined(self, other: ChannelStatistics, sign: int) -> ChannelStatistics:
         same = sign < 0 or self.split == other.split

@@ -1,0 +1,727 @@
+"""The command line: what it counts, what interrupts it, what it says, and what it draws."""
+
+import json
+import os
+import pty
+import random
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from PIL import Image
+
+import pixfuse
+from benchmarks.torchvision_import import import_torchvision
+from pixfuse import _image_files, _quick_bench, cli
+from pixfuse._image_files import ArrayPart, Reading
+from tests.processes import python
+
+READABLE = {
+    "photos/cat/00.jpg": "RGB",
+    "photos/cat/01.png": "L",
+    "photos/cat/02.png": "RGBA",
+    "photos/dog/animated.gif": "P",
+    "photos/dog/print.jpg": "CMYK",
+}
+UNREADABLE = {
+    "photos/broken link.jpg": "No such file or directory",
+    "photos/deep.png": "mode I;16 has more than 8 bits per channel",
+    "photos/empty.jpg": "an empty file",
+    "photos/huge.png": "Image size (196000000 pixels) exceeds limit",
+    "photos/pipe.jpg": "not a regular file",
+    "photos/text.jpg": "not an image in a format that Pillow knows",
+    "photos/truncated.jpg": "image file is truncated",
+}
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(cli.pixfuse, [str(a) for a in arguments], prog_name="pixfuse")
+
+
+def stats(*arguments: object) -> dict[str, Any]:
+    """What a successful run prints."""
+    result = run("stats", *arguments, "--json", "--workers", 0)
+    assert result.exit_code == 0, result.output
+    content: dict[str, Any] = json.loads(result.stdout)
+    return content
+
+
+def start(*arguments: object, ranks: int = 1) -> subprocess.Popen[str]:
+    """The command in a process of its own, which Ctrl-C can reach."""
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    return subprocess.Popen(
+        [sys.executable, *launcher, "-m", "pixfuse", *(str(a) for a in arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def noise(height: int, width: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of images of all kinds, and of everything else that stands in folders."""
+    root = tmp_path_factory.mktemp("data") / "photos"
+    for folder in ("cat", "dog"):
+        (root / folder).mkdir(parents=True)
+    image = Image.fromarray(noise(40, 60, 0))
+    image.save(root / "cat" / "00.jpg")
+    image.convert("L").save(root / "cat" / "01.png")
+    image.convert("RGBA").save(root / "cat" / "02.png")
+    frames = [Image.fromarray(noise(30, 30, seed)).convert("P") for seed in (1, 2)]
+    frames[0].save(root / "dog" / "animated.gif", save_all=True, append_images=frames[1:])
+    image.convert("CMYK").save(root / "dog" / "print.jpg")
+
+    (root / "broken link.jpg").symlink_to(root / "nowhere")
+    Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8)).save(root / "deep.png")
+    (root / "empty.jpg").touch()
+    Image.new("1", (14000, 14000)).save(root / "huge.png")
+    os.mkfifo(root / "pipe.jpg")
+    (root / "text.jpg").write_text("no image")
+    (root / "truncated.jpg").write_bytes((root / "cat" / "00.jpg").read_bytes()[:2000])
+    (root / "cat" / "loop").symlink_to(root)
+    (root / "labels.csv").write_text("skipped")
+    return root
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Enough work to be interrupted in: one photograph under many names."""
+    root = tmp_path_factory.mktemp("many") / "many"
+    root.mkdir()
+    Image.fromarray(noise(400, 400, 0)).save(root / "0000.png")
+    for n in range(1, 400):
+        (root / f"{n:04}.png").hardlink_to(root / "0000.png")
+    (root / "bad.png").write_text("no image")
+    return root
+
+
+@pytest.fixture(scope="module")
+def finished(many: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The file that counting ``many`` leaves when nothing happens."""
+    output = tmp_path_factory.mktemp("finished") / "stats.json"
+    assert stats(many, "--folds", 3, "--output", output)["images"] == 400
+    return output.read_bytes()
+
+
+# --- what is counted ---
+
+
+def test_a_folder(photos: Path) -> None:
+    expected = pixfuse.ChannelStatistics("train")
+    arrays = []
+    for key in READABLE:
+        with Image.open(photos.parent / key) as file:
+            image = file.convert("RGB")
+        arrays.append(np.asarray(image).reshape(-1, 3) / 255)
+        expected.update([image], keys=[key])
+    content = stats(photos, "--split", "train")
+    assert content["images"] == len(READABLE)
+    assert content["fingerprint"] == expected.fingerprint
+    assert content["skipped_files"] == 1
+    assert content["complete"]
+    for name in ("mean", "std", "image_std", "min", "max"):
+        assert tuple(content[name]) == getattr(expected, name), name
+    pixels = np.concatenate(arrays)
+    np.testing.assert_allclose(content["mean"], pixels.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(content["std"], pixels.std(0), rtol=1e-12)
+    assert tuple(content["percentiles"]["50"]) == expected.percentile(50)
+
+
+def test_unreadable_files_are_listed(photos: Path) -> None:
+    found = {one["key"]: one["reason"] for one in stats(photos)["unreadable"]}
+    assert found.keys() == UNREADABLE.keys()
+    for key, reason in UNREADABLE.items():
+        assert found[key].startswith(reason), key
+
+
+def test_what_is_printed(photos: Path) -> None:
+    result = run("stats", photos, "--workers", 0, "--folds", 2)
+    assert result.exit_code == 0
+    assert "5 images" in result.stdout
+    assert "7 unreadable" in result.stdout
+    assert "unreadable: photos/empty.jpg: an empty file" in result.stderr
+    content = stats(photos, "--folds", 2)
+    for line in content["paste"].values():
+        assert line in result.stdout
+    made = eval(content["paste"]["pixfuse"], {"pixfuse": pixfuse})
+    assert made == pixfuse.Normalization(content["mean"], content["std"])
+    assert content["paste"]["torchvision"].startswith("v2.Normalize(mean=[0.")
+    assert sum(5 - fold["images"] for fold in content["folds"]) == 5
+    assert result.stdout.count("train on") == sum(fold["images"] > 0 for fold in content["folds"])
+
+
+def test_workers_change_nothing(many: Path, finished: bytes, tmp_path: Path) -> None:
+    for workers in (1, 3):
+        output = tmp_path / f"{workers}.json"
+        options = ("--folds", 3, "--output", output, "--workers", workers)
+        assert run("stats", many, *options).exit_code == 0
+        assert output.read_bytes() == finished
+    assert pixfuse.ChannelStatistics.load(output).images == 400
+
+
+def test_resize_and_crop_are_those_of_torchvision() -> None:
+    transforms = import_torchvision("torchvision.transforms")
+    for height, width in ((40, 60), (61, 33), (50, 50), (7, 90)):
+        image = Image.fromarray(noise(height, width, 3))
+        for resize, crop in ((32, None), (None, 7), (45, 31), (50, 50)):
+            expected = image
+            if resize is not None:
+                expected = transforms.Resize(resize)(expected)
+            if crop is not None:
+                expected = transforms.CenterCrop(crop)(expected)
+            ours = _image_files.transform(image, Reading("RGB", resize, crop))
+            assert np.array_equal(np.asarray(ours), np.asarray(expected))
+    # Nothing is padded.
+    assert _image_files.transform(image, Reading("RGB", None, 50)).size == (50, 7)
+
+
+def test_resized_folder(photos: Path) -> None:
+    content = stats(photos / "cat", "--resize", 20, "--crop", 16)
+    assert content["pixels"] == 5 * 16 * 16  # the dogs too, through the link
+
+
+def test_modes(photos: Path) -> None:
+    assert len(stats(photos, "--mode", "L")["mean"]) == 1
+    assert len(stats(photos, "--mode", "RGBA")["mean"]) == 4
+
+
+# --- the ways to name images ---
+
+
+def test_arrays_and_shards_are_the_same_images(tmp_path: Path) -> None:
+    images = np.stack([noise(9, 11, seed) for seed in range(700)])
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with tarfile.open(tmp_path / "shard-000.tar", "w") as shard:
+        for n, array in enumerate(images):
+            path = folder / f"{n:04}.png"
+            Image.fromarray(array).save(path)
+            shard.add(path, path.name)
+        shard.add(__file__, "0000.txt")
+    np.save(tmp_path / "nhwc.npy", images)
+    np.save(tmp_path / "nchw.npy", images.transpose(0, 3, 1, 2))
+    np.save(tmp_path / "fortran.npy", np.asfortranarray(images))
+    labels = np.arange(len(images))
+    np.savez(tmp_path / "stored.npz", x=images, y=labels)
+    np.savez(tmp_path / "stored fortran.npz", x=np.asfortranarray(images), y=labels)
+    np.savez_compressed(tmp_path / "packed.npz", x=images, y=labels)
+    expected = stats(folder)
+    assert expected["images"] == 700
+    for path in sorted(tmp_path.glob("*.*")):
+        content = stats(path)
+        for name in ("images", "pixels", "mean", "std", "image_std", "min", "max", "percentiles"):
+            assert content[name] == expected[name], (path, name)
+        assert content["skipped_files"] == (path.suffix in (".npz", ".tar"))
+        resized = stats(path, "--resize", 8, "--crop", 5)
+        assert resized["mean"] == stats(folder, "--resize", 8, "--crop", 5)["mean"]
+
+
+def test_arrays_are_mapped_not_read(tmp_path: Path) -> None:
+    images = np.stack([noise(9, 11, seed) for seed in range(3)])
+    np.save(tmp_path / "a.npy", images)
+    np.savez(tmp_path / "a.npz", x=images)
+    for path, member in (("a.npy", ""), ("a.npz", "x.npy")):
+        array = _image_files.open_array(str(tmp_path / path), member)
+        assert isinstance(array, np.memmap)
+        assert np.array_equal(array, images)
+
+
+def test_large_arrays_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = np.stack([noise(9, 11, seed) for seed in range(7)])
+    np.save(tmp_path / "a.npy", images)
+    np.savez_compressed(tmp_path / "b.npz", x=images)
+    np.savez_compressed(tmp_path / "one.npz", x=images[0])
+    monkeypatch.setattr(_image_files, "_PIECE_BYTES", 2 * 9 * 11 * 3)
+    for path, member in (("a.npy", ""), ("b.npz", "x.npy")):
+        part = ArrayPart(path, str(tmp_path / path), member, "NHWC", 1, 6)
+        found = list(_image_files.read_array(part))
+        assert all(len(batch) <= 2 for _, batch in found)
+        assert [key for keys, _ in found for key in keys] == part.keys()
+        assert np.array_equal(np.concatenate([batch for _, batch in found]), images[1:6])
+    part = ArrayPart("one", str(tmp_path / "one.npz"), "x.npy", "HWC", 0, 1)
+    [(keys, batch)] = _image_files.read_array(part)
+    assert keys == ["one[0]"]
+    assert np.array_equal(batch, images[:1])
+
+
+def test_gray_arrays(tmp_path: Path) -> None:
+    images = noise(20, 30, 0).transpose(2, 0, 1)
+    np.save(tmp_path / "gray.npy", images)
+    assert stats(tmp_path / "gray.npy")["mean"] == [pytest.approx(images.mean() / 255, rel=1e-12)]
+    assert stats(tmp_path / "gray.npy", "--crop", 4)["pixels"] == 3 * 16
+    result = run("stats", tmp_path / "gray.npy", "--mode", "RGB", "--json")
+    assert result.exit_code == cli.NOTHING
+    reason = json.loads(result.stdout)["unreadable"][0]["reason"]
+    assert reason == "expected 3 channels (RGB), got 1; pass --mode L"
+
+
+@pytest.mark.parametrize(
+    ("array", "reason"),
+    [
+        (np.zeros((2, 4, 4, 3), np.float32), "expected an array of dtype uint8, got float32"),
+        (np.zeros(7, np.uint8), "expected an array of images (N, H, W, C), got shape (7,)"),
+        (np.zeros((2, 3, 5, 4), np.uint8), "can be NHWC or NCHW; say which by --layout"),
+        (np.array([None]), "Python objects in dtype"),
+    ],
+)
+def test_arrays_that_are_no_images(array: np.ndarray, reason: str, tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", array)
+    result = run("stats", tmp_path / "a.npy", "--json")
+    assert result.exit_code == cli.NOTHING
+    assert reason in json.loads(result.stdout)["unreadable"][0]["reason"]
+
+
+def test_layout_decides(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.zeros((2, 3, 5, 4), np.uint8))
+    assert stats(tmp_path / "a.npy", "--layout", "NCHW")["pixels"] == 2 * 5 * 4
+    assert stats(tmp_path / "a.npy", "--layout", "NHWC")["pixels"] == 2 * 3 * 5
+
+
+def test_damaged_shards_and_archives(photos: Path, tmp_path: Path) -> None:
+    whole = tmp_path / "whole.tar"
+    with tarfile.open(whole, "w") as shard:
+        for name in ("00.jpg", "01.png"):
+            shard.add(photos / "cat" / name, name)
+    data = whole.read_bytes()
+    with tarfile.open(whole) as shard:
+        _, second = shard.getmembers()
+    cuts = {"in a member": second.offset_data + 100, "between members": second.offset}
+    for name, end in cuts.items():
+        (tmp_path / f"{name}.tar").write_bytes(data[:end])
+        content = stats(tmp_path / f"{name}.tar")
+        assert content["images"] >= 1
+        assert any(".tar" in one["key"] for one in content["unreadable"]), name
+    np.savez_compressed(tmp_path / "a.npz", x=noise(300, 300, 0)[None])
+    packed = (tmp_path / "a.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(packed[:-500])
+    (tmp_path / "flipped.npz").write_bytes(packed[:9000] + b"\0" * 100 + packed[9100:])
+    (tmp_path / "packed.tar.gz").write_bytes(b"")
+    found = stats(photos / "cat" / "00.jpg", *sorted(tmp_path.glob("*.*z")))
+    reasons = {Path(one["key"]).parts[-2:][-1]: one["reason"] for one in found["unreadable"]}
+    assert reasons["cut.npz"] == "File is not a zip file"
+    assert "unpack it to .tar" in reasons["packed.tar.gz"]
+    assert "x" in reasons  # the flipped one
+
+
+def test_globs_lists_and_folders_agree(photos: Path, tmp_path: Path) -> None:
+    by_folder = stats(photos / "cat")
+    by_glob = stats(f"{photos}/cat/*.*g")
+    assert by_folder["images"] == 3 + 2  # through the link to the dogs
+    assert by_glob["images"] == 3
+    listing = tmp_path / "list.txt"
+    listing.write_text(f"# all cats\n\n{photos}/cat/00.jpg\n{photos}/cat/01.png\n")
+    assert stats(listing)["images"] == 2
+    # The same file under two arguments counts once.
+    twice = stats(f"{photos}/cat/*.*g", photos / "cat" / "00.jpg", f"{photos}/*/00.jpg")
+    assert twice["images"] == 3
+
+
+def test_names_do_not_depend_on_the_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for place in ("a", "b"):
+        (tmp_path / place / "train").mkdir(parents=True)
+        Image.fromarray(noise(8, 8, 0)).save(tmp_path / place / "train" / "0.png")
+    one, other = (stats(tmp_path / place / "train")["fingerprint"] for place in ("a", "b"))
+    assert one == other
+    assert stats(f"{tmp_path}/a/train/*.png")["fingerprint"] == one
+    monkeypatch.chdir(tmp_path / "a" / "train")
+    assert stats(".")["fingerprint"] == one
+    # Together they must be told apart.
+    assert stats(tmp_path / "a" / "train", tmp_path / "b" / "train")["images"] == 2
+
+
+def test_two_images_of_one_name(tmp_path: Path) -> None:
+    for place in ("a", "b"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "list.txt").write_text("0.png\n")
+        Image.fromarray(noise(8, 8, 0)).save(tmp_path / place / "0.png")
+    result = run("stats", tmp_path / "a" / "list.txt", tmp_path / "b" / "list.txt")
+    assert result.exit_code == 2
+    assert "expected every image to have a name of its own, got '0.png'" in result.stderr
+
+
+def test_names_that_are_not_utf8(tmp_path: Path) -> None:
+    path = os.fsencode(tmp_path) + b"/\xff.png"
+    Image.fromarray(noise(8, 8, 0)).save(os.fsdecode(path))
+    assert stats(tmp_path)["images"] == 1
+
+
+# --- interruptions ---
+
+
+def test_ctrl_c_and_resume(many: Path, finished: bytes, tmp_path: Path) -> None:
+    output = tmp_path / "stats.json"
+    command = ("stats", many, "--folds", 3, "--output", output, "--save-every", 0, "--workers", 2)
+    process = start(*command)
+    wait_until(output.exists)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of its processes
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "add --resume to go on" in errors
+    assert "Traceback" not in errors
+    partial = pixfuse.ChannelStatistics.load(output)
+    assert 0 < partial.images < 400
+    assert not json.loads(output.read_text())["run"]["complete"]
+
+    refused = run(*command)
+    assert refused.exit_code == 2
+    assert "not to hold an unfinished run, got one; add --resume" in refused.stderr
+    content = stats(many, "--folds", 3, "--output", output, "--resume")
+    assert content["resumed_images"] == partial.images
+    assert output.read_bytes() == finished
+    # Once more: there is nothing left to do.
+    again = stats(many, "--folds", 3, "--output", output, "--resume")
+    assert again["resumed_images"] == again["images"] == 400
+    assert output.read_bytes() == finished
+
+
+def test_killed_and_resumed(many: Path, finished: bytes, tmp_path: Path) -> None:
+    output = tmp_path / "stats.json"
+    images = [0]
+    for seed in range(2):
+        images.append(kill_after_progress(many, output, images[-1], random.Random(seed)))
+    assert 0 < images[1] < images[-1] <= 400
+    stats(many, "--folds", 3, "--output", output, "--resume")
+    assert output.read_bytes() == finished
+
+
+def kill_after_progress(many: Path, output: Path, before: int, chance: random.Random) -> int:
+    """Kills a run at some time after it has saved more; how many images it leaves counted."""
+    options = ("--folds", 3, "--output", output, "--save-every", 0, "--workers", 1, "--resume")
+    process = start("stats", many, *options)
+
+    def saved() -> int:
+        return pixfuse.ChannelStatistics.load(output).images if output.exists() else 0
+
+    wait_until(lambda: process.poll() is not None or saved() > before)
+    time.sleep(chance.random() * 0.1)
+    workers = descendants(process.pid)
+    process.kill()
+    process.communicate()
+    wait_until(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers))
+    return saved()
+
+
+def descendants(process: int) -> list[int]:
+    """The processes below one, grandchildren too."""
+    found: list[int] = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            name, _, fields = path.read_text().rpartition(")")
+        except OSError:  # it ended
+            continue
+        if int(fields.split()[1]) == process:
+            child = int(name.split()[0])
+            found += [child, *descendants(child)]
+    return found
+
+
+def test_a_worker_that_dies(many: Path, finished: bytes, tmp_path: Path) -> None:
+    output = tmp_path / "stats.json"
+    process = start("stats", many, "--folds", 3, "--output", output, "--save-every", 0,
+                    "--workers", 1)  # fmt: skip
+    wait_until(output.exists)
+    children = {child: descendants(child) for child in descendants(process.pid)}
+    worker = next(below[0] for below in children.values() if below)
+    os.kill(worker, signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == cli.FAILED
+    assert "expected the workers to live, got one that died" in errors
+    stats(many, "--folds", 3, "--output", output, "--resume")
+    assert output.read_bytes() == finished
+
+
+def test_resume_refuses_another_run(photos: Path, tmp_path: Path) -> None:
+    output = tmp_path / "stats.json"
+    stats(photos, "--output", output)
+    for options, name in (
+        (("--crop", 8), "--crop"),
+        (("--split", "val"), "--split"),
+        (("--folds", 2), "--folds"),
+        (("--mode", "L"), "--mode"),
+    ):
+        result = run("stats", photos, "--output", output, "--resume", *options)
+        assert result.exit_code == 2
+        assert f"to be from a run with the same {name}" in result.stderr
+    result = run("stats", photos / "cat" / "00.jpg", "--output", output, "--resume")
+    assert result.exit_code == 2
+    assert "got 5 that are not" in result.stderr  # the one that is there has another name now
+    pixfuse.ChannelStatistics().save(output)
+    result = run("stats", photos, "--output", output, "--resume")
+    assert result.exit_code == 2
+    assert "to be from an earlier run of pixfuse stats" in result.stderr
+
+
+def test_a_dataset_that_grew(tmp_path: Path) -> None:
+    folder, output = tmp_path / "data", tmp_path / "stats.json"
+    folder.mkdir()
+    for n in range(3):
+        Image.fromarray(noise(8, 8, n)).save(folder / f"{n}.png")
+        assert stats(folder, "--output", output, "--resume")["resumed_images"] == n
+    grown = output.read_bytes()
+    stats(folder, "--output", output)
+    assert output.read_bytes() == grown
+
+
+# --- several processes ---
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_leave_the_same_file(many: Path, finished: bytes, tmp_path: Path, ranks: int) -> None:
+    output = tmp_path / "stats.json"
+    process = start("stats", many, "--folds", 3, "--output", output, "--workers", 0, "--json",
+                    ranks=ranks)  # fmt: skip
+    out, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    assert json.loads(out)["images"] == 400  # one rank speaks
+    assert output.read_bytes() == finished
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["stats.json"]
+
+
+def test_interrupted_ranks(many: Path, finished: bytes, tmp_path: Path) -> None:
+    output = tmp_path / "stats.json"
+    command = ("stats", many, "--folds", 3, "--output", output, "--workers", 0, "--save-every", 0)
+    process = start(*command, ranks=2)
+    files = [tmp_path / f"stats.json.rank{rank}" for rank in range(2)]
+    wait_until(lambda: all(path.exists() for path in files))
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=100)
+    assert process.returncode != 0
+    counted = [pixfuse.ChannelStatistics.load(path).images for path in files]
+    assert 0 < sum(counted) < 400
+    refused = run(*command)
+    assert refused.exit_code == 2
+    # One process goes on from what two have left.
+    content = stats(many, "--folds", 3, "--output", output, "--resume")
+    assert content["resumed_images"] == sum(counted)
+    assert output.read_bytes() == finished
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["stats.json"]
+
+
+# --- exit codes and messages ---
+
+
+def test_strict(photos: Path, tmp_path: Path) -> None:
+    result = run("stats", photos, "--strict", "--workers", 0, "--output", tmp_path / "s.json")
+    assert result.exit_code == cli.UNREADABLE
+    assert "pixfuse: cannot read photos/broken link.jpg: No such file" in result.stderr
+    assert run("stats", photos / "cat" / "00.jpg", "--strict").exit_code == 0
+
+
+def test_nothing_readable(photos: Path) -> None:
+    result = run("stats", photos / "empty.jpg")
+    assert result.exit_code == cli.NOTHING
+    assert "expected at least 1 image that can be read, got none" in result.stderr
+
+
+def test_a_single_value_has_no_normalization(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "black.png")
+    assert stats(tmp_path)["paste"] is None
+    assert "its std is 0" in run("stats", tmp_path).stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["stats"], "Missing argument 'PATHS...'"),
+        (["stats", "/no/such"], "expected '/no/such' to exist, got nothing there"),
+        (["stats", "/no/such/*.jpg"], "to match some files, got none"),
+        (["stats", ".", "--resume"], "expected --output with --resume, to go on from, got none"),
+        (["stats", ".", "--output", "/no/such/a"], "expected --output in a folder that exists"),
+        (["stats", ".", "--plot", "/no/such/a"], "expected --plot in a folder that exists"),
+        (["stats", ".", "--folds", "1"], "1 is not in the range x>=2"),
+        (["show", __file__, "--normalization", "imagnet"], "expected one of unit, signed"),
+        (["show", __file__, "--normalization", "0/0"], "expected std to be above 0"),
+        (["show", __file__, "--normalization", "1,2/1"], "expected mean and std of 1 or 3"),
+        (["bench", "--rounds", "0"], "0 is not in the range x>=1"),
+    ],
+)
+def test_wrong_command_lines(arguments: list[str], message: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
+
+
+def test_a_library_is_missing() -> None:
+    result = python("""
+import sys
+for name in ("click", "rich", "PIL", "matplotlib"):
+    sys.modules[name] = None
+import pixfuse  # needs none of them
+from pixfuse.__main__ import main
+for name in ("click", "rich", "PIL", "matplotlib"):
+    try:
+        sys.argv = ["pixfuse", "stats", ".", "--plot", "unwritten.png"]
+        main()
+    except SystemExit as error:
+        print(error.code, file=sys.stderr)
+    del sys.modules[name]
+""")
+    missing = [line for line in result.stderr.splitlines() if "pixfuse[cli]" in line]
+    assert len(missing) == 4, result.stderr
+    for line, name in zip(missing, ("click", "rich", "PIL", "matplotlib"), strict=True):
+        assert f"pixfuse: expected {name}" in line
+        assert line.endswith("got none; pip install 'pixfuse[cli]'")
+
+
+def test_installed_command() -> None:
+    command = Path(sys.executable).with_name("pixfuse")
+    version = subprocess.run([command, "--version"], capture_output=True, text=True, check=True)
+    assert pixfuse.info()["pixfuse"] in version.stdout
+    for name in ("stats", "info", "show", "bench"):
+        result = run(name, "--help")
+        assert result.exit_code == 0
+        assert "--json" in result.stdout
+        assert "Exit codes: 0 done" in result.stdout
+
+
+def test_progress(many: Path) -> None:
+    """On a terminal: how many of how many, the rate, the time left, what cannot be read."""
+    reader, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pixfuse", "stats", many, "--workers", "0"],
+        stdout=subprocess.DEVNULL,
+        stderr=terminal,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "120"},
+    )
+    os.close(terminal)
+    shown = b""
+    while True:
+        try:
+            piece = os.read(reader, 4096)
+        except OSError:  # as a closed terminal reads on Linux
+            break
+        if not piece:
+            break
+        shown += piece
+    os.close(reader)
+    assert process.wait() == 0
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+    assert re.search(r"counting .* \d+/401 +\d+ images/s +0:00:\d\d", plain), plain[-500:]
+    assert "1 unreadable" in plain
+
+
+# --- info, show, bench ---
+
+
+def test_info() -> None:
+    content = json.loads(run("info", "--json").stdout)
+    assert content["isa"] == pixfuse.info()["isa"]
+    assert content["cuda"].keys() == pixfuse.info()["cuda"].keys()
+    table = run("info").stdout
+    assert f"isa {content['isa']}" in " ".join(table.split())
+
+
+def is_png(path: Path) -> bool:
+    with Image.open(path) as image:
+        image.load()
+        return image.format == "PNG" and min(image.size) > 100
+
+
+def test_show(photos: Path, tmp_path: Path) -> None:
+    statistics, picture = tmp_path / "stats.json", tmp_path / "show.png"
+    stats(photos, "--output", statistics)
+    path = photos / "cat" / "00.jpg"
+    options = ("--output", picture, "--stats", statistics, "--normalization", "clip")
+    result = run("show", path, *options, "--normalization", "0.5/0.25", "--json")
+    assert result.exit_code == 0, result.output
+    modes = json.loads(result.stdout)["modes"]
+    assert [mode["mode"] for mode in modes] == [
+        "clip", "0.5/0.25", "stats.json", "per image", "per image and channel",
+    ]  # fmt: skip
+    with Image.open(path) as file:
+        pixels = np.asarray(file).reshape(-1, 3) / 255
+    np.testing.assert_allclose(modes[1]["mean"], (pixels.mean(0) - 0.5) / 0.25, atol=1e-6)
+    np.testing.assert_allclose(modes[1]["std"], pixels.std(0) / 0.25, atol=1e-6)
+    np.testing.assert_allclose(modes[4]["mean"], 0, atol=1e-6)
+    np.testing.assert_allclose(modes[4]["std"], 1, atol=1e-6)
+    assert is_png(picture)
+    table = run("show", path, "--output", picture)
+    assert table.exit_code == 0
+    assert "imagenet" in table.stdout
+    Image.new("RGB", (1, 1)).save(tmp_path / "black.png")
+    flat = run("show", tmp_path / "black.png", "--output", picture, "--normalization", "unit")
+    assert flat.exit_code == 0, flat.output
+
+
+def test_presets_are_all_there() -> None:
+    public = [getattr(pixfuse, name) for name in pixfuse.__all__]
+    presets = [value for value in public if isinstance(value, pixfuse.Normalization)]
+    assert len(presets) == len(cli.PRESETS) > 10
+    assert all(value in cli.PRESETS.values() for value in presets)
+    assert cli.parse_normalization("imagenet") == pixfuse.IMAGENET
+
+
+def test_show_errors(photos: Path) -> None:
+    result = run("show", photos / "empty.jpg")
+    assert result.exit_code == cli.UNREADABLE
+    assert "empty.jpg': an empty file" in result.stderr
+    result = run("show", photos / "cat" / "00.jpg", "--stats", photos / "labels.csv")
+    assert result.exit_code == 2
+    assert "to be JSON" in result.stderr
+
+
+def test_bench(tmp_path: Path) -> None:
+    options = ("--batch", 2, "--size", 32, "--rounds", 3)
+    threads = torch.get_num_threads()
+    result = run("bench", *options, "--json", "--plot", tmp_path / "bench.png")
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)["rows"]
+    jobs = {row["job"] for row in rows}
+    assert jobs == {"normalize", "standardize_per_image", "denormalize", "channel_histogram"}
+    for job in jobs:
+        by = {row["by"]: row for row in rows if row["job"] == job}
+        assert by["pixfuse"]["ratio"] == 1
+        assert len(by) >= 2
+        assert all(row["us_per_image"] > 0 for row in by.values())
+    assert is_png(tmp_path / "bench.png")
+    assert "channel_histogram" in run("bench", *options).stdout
+    assert torch.get_num_threads() == threads
+
+
+def test_bench_times_no_wrong_result() -> None:
+    expected = torch.ones(4)
+    for wrong in (torch.full((4,), 1.001), torch.ones(5), torch.ones(4).int()):
+        contender = _quick_bench.Contender("wrong", wrong.clone)
+        with pytest.raises(RuntimeError, match="bench: expected a job by wrong to give"):
+            _quick_bench._difference("a job", contender, expected)
+    almost = _quick_bench.Contender("almost", lambda: torch.full((4,), 1.000001))
+    assert _quick_bench._difference("a job", almost, expected).startswith("up to")
+
+
+def test_plot_of_statistics(photos: Path, tmp_path: Path) -> None:
+    stats(photos, "--plot", tmp_path / "rgb.png")
+    stats(photos, "--mode", "L", "--plot", tmp_path / "gray.png")
+    assert is_png(tmp_path / "rgb.png")
+    assert is_png(tmp_path / "gray.png")
+
+
+def test_pieces_of_arrays_leave_out_what_is_done() -> None:
+    part = ArrayPart("a.npy", "a.npy", "", "NHWC", 0, 1200)
+    done = {"a.npy[0]", "a.npy[600]", "a.npy[1199]"}
+    pieces = list(_image_files._pieces(part, done.__contains__))
+    assert [(piece.start, piece.stop) for piece in pieces] == [
+        (1, 513), (513, 600), (601, 1113), (1113, 1199),
+    ]  # fmt: skip
