@@ -103,13 +103,14 @@ def check_device(function: str, name: str, tensor: torch.Tensor) -> None:
 def check_bytes(function: str, name: str, pixels: torch.Tensor | np.ndarray) -> None:
     """Pixels of dtype uint8; a tensor of them dense, on a device that has a kernel."""
     is_tensor = isinstance(pixels, torch.Tensor)
-    if pixels.dtype != (torch.uint8 if is_tensor else np.uint8):
+    are_bytes = pixels.dtype is torch.uint8 if is_tensor else pixels.dtype == np.uint8
+    if not are_bytes:
         raise TypeError(
             f"{function}: expected {name} of dtype uint8, got {pixels.dtype}; pixels must still be "
             "bytes from 0 to 255: convert them to float here, not before"
         )
-    if isinstance(pixels, torch.Tensor):
-        check_device(function, name, pixels)
+    if is_tensor:
+        check_device(function, name, pixels)  # type: ignore[arg-type]
 
 
 def tensor_of_images(function: str, images: object) -> torch.Tensor:
@@ -133,7 +134,8 @@ def tensor_of_images(function: str, images: object) -> torch.Tensor:
 
 def check_images(function: str, images: object, input_layout: str) -> tuple[torch.Tensor, int]:
     """A uint8 batch or image as a tensor, and the number of its layout."""
-    tensor = tensor_of_images(function, images)
+    # A call on a small image takes little longer than these checks: the usual case comes first.
+    tensor = images if isinstance(images, torch.Tensor) else tensor_of_images(function, images)
     layout_code = check_choice(function, "input_layout", input_layout, LAYOUT_CODES)
     check_bytes(function, "images", tensor)
     if tensor.ndim not in (3, 4):
