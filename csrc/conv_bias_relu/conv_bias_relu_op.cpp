@@ -50,7 +50,8 @@ int64_t dtype_code_of(const Tensor& tensor) {
     case ScalarType::Byte:
       return -1;
     default:
-      return static_cast<int64_t>(float_type_of(tensor.scalar_type()));
+      return static_cast<int64_t>(
+          float_type_of(kName, tensor.scalar_type(), "input, weight and bias"));
   }
 }
 
@@ -65,7 +66,7 @@ struct Call {
   int64_t rounding, dtype;
   bool channels_last;
 
-  ImageView view{};           // of the input, as N, C, H, W
+  TensorView view{};          // of the input, as N, C, H, W
   int64_t output_sizes[4]{};  // N, O, H, W
   int64_t output_strides[4]{};
   bool bytes() const { return input.scalar_type() == ScalarType::Byte; }
@@ -80,7 +81,7 @@ void Call::check_all() {
         "2 strides, 2 dilations and 4 paddings (top, bottom, left, right)");
   check(groups >= 1, kName, "groups of at least 1, got ", groups);
   check(input.dim() == 4 && weight.dim() == 4, kName, "input and weight to have 4 dimensions");
-  view = view_as_nchw(input, InputLayout::nchw, "input");
+  view = view_as_nchw(kName, input, InputLayout::nchw, "input");
   const auto weights = weight.sizes();
   check(weights[0] >= 1 && weights[2] >= 1 && weights[3] >= 1, kName, "weight without a size of 0");
   check(weights[0] % groups == 0 && view.sizes[1] == weights[1] * groups && weights[1] >= 1, kName,
@@ -123,7 +124,8 @@ void Call::check_all() {
 void convolve_directly(const Call& call, Tensor& output, const ChannelActivity& activity) {
   ConvBiasReluArgs args{};
   args.input = call.input.const_data_ptr();
-  args.input_type = call.bytes() ? ElementType::uint8 : float_type_of(call.input.scalar_type());
+  args.input_type =
+      call.bytes() ? ElementType::uint8 : float_type_of(kName, call.input.scalar_type(), "input");
   std::optional<NormalizeCall> normalization;
   if (call.bytes()) {
     normalization.emplace(call.input, call.mean, call.std, call.rounding,

@@ -11,15 +11,6 @@
 
 namespace pixfuse {
 
-// The shared checks in the words of `normalize`, for conv_bias_relu.
-using ImageView = TensorView;
-inline ImageView view_as_nchw(const Tensor& tensor, InputLayout layout, const char* name) {
-  return view_as_nchw("normalize", tensor, layout, name);
-}
-inline ElementType float_type_of(ScalarType dtype) {
-  return float_type_of("normalize", dtype, "out");
-}
-
 // Everything of a call but the output, checked; owns the constants that `args` points to.
 struct NormalizeCall {
   NormalizeArgs args{};

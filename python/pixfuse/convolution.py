@@ -8,10 +8,10 @@ from typing import Literal, NamedTuple, TypeAlias
 import numpy as np
 import torch
 
+from pixfuse._checks import tensor_of_images
 from pixfuse._convolution_autograd import OUTPUT_DTYPE_CODES
 from pixfuse._library import LAYOUT_CODES, view_as_nchw
 from pixfuse.activity import UnitActivity
-from pixfuse.functional import _tensor_from_numpy
 from pixfuse.normalization import Normalization
 
 Pair: TypeAlias = int | Sequence[int]
@@ -94,7 +94,7 @@ def conv_bias_relu(
                 "conv_bias_relu: expected input to be a torch.Tensor or a numpy.ndarray, got "
                 f"{type(input).__name__}"
             )
-        input = _tensor_from_numpy(input)
+        input = tensor_of_images("conv_bias_relu", input)
     if input_layout not in LAYOUT_CODES:
         raise ValueError(
             f"conv_bias_relu: expected input_layout to be 'NCHW' or 'NHWC', got {input_layout!r}"

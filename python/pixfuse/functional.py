@@ -19,7 +19,6 @@ from pixfuse._checks import (
     check_strides,
     raise_too_large,
     share_memory,
-    tensor_of_images,
 )
 from pixfuse._image_input import Images, read_images
 from pixfuse._library import (
@@ -114,10 +113,6 @@ def normalize(
     if not torch.compiler.is_compiling() and not out.is_inference():
         torch.autograd.graph.increment_version(out)  # as torch's own functions with out= do
     return out
-
-
-def _tensor_from_numpy(images: object) -> torch.Tensor:
-    return tensor_of_images("normalize", images)
 
 
 def _check_normalization(

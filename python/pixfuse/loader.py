@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from pixfuse._checks import tensor_of_images
 from pixfuse._library import (
     CUDA_LOADED,
     CUDA_STATE,
@@ -23,7 +24,7 @@ from pixfuse._library import (
     resolve_channels_last,
     view_as_nchw,
 )
-from pixfuse.functional import _tensor_from_numpy, normalize
+from pixfuse.functional import normalize
 from pixfuse.normalization import UNIT, Normalization
 
 _THREAD_NAME = "pixfuse.DeviceLoader"
@@ -450,8 +451,7 @@ class _CudaLine:
 
     def _plan(self, value: Any, moves: list[_Move]) -> None:
         if is_image_batch(value):
-            is_tensor = isinstance(value, torch.Tensor)
-            moves.append(self._plan_images(value if is_tensor else _tensor_from_numpy(value)))
+            moves.append(self._plan_images(tensor_of_images("DeviceLoader", value)))
         elif _is_plain(value):
             here = value.device == self.device
             moves.append(_Move(value, value if here else self._same_memory(value)))
