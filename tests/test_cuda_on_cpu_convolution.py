@@ -32,9 +32,7 @@ from tests.test_cuda_on_cpu import (
 )
 
 FOLDER = CSRC / "conv_bias_relu"
-CONVOLUTION = Kernel(
-    FOLDER / "conv_bias_relu_cuda.cu", header=CSRC / "common" / "tensor_core.h"
-)
+CONVOLUTION = Kernel(FOLDER / "conv_bias_relu_cuda.cu", header=CSRC / "common" / "tensor_core.h")
 LAST_PASS = Kernel(FOLDER / "relu_count_cuda.cu", header=FOLDER / "activity_records.h")
 
 #: What the test program of each kernel can be asked to do.

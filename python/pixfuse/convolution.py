@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -142,9 +142,10 @@ def conv_bias_relu(
 
 
 # Dynamo cannot look into torch's settings, so that it takes what they are while it traces.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@torch.compiler.assume_constant_result
 def _torch_allows_tf32() -> bool:
-    return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")
+    cudnn: Any = torch.backends.cudnn
+    return bool(cudnn.conv.fp32_precision == "tf32")
 
 
 def _lies_channels_last(tensor: torch.Tensor) -> bool:
