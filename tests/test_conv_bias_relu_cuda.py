@@ -87,13 +87,19 @@ def check_counts(output: torch.Tensor, counts: torch.Tensor, output_sum: torch.T
     )
 
 
-def check_values(output: torch.Tensor, truth: Truth, sums: str) -> None:
+def check_values(
+    output: torch.Tensor, truth: Truth, sums: str, rounded_before: torch.Tensor | None = None
+) -> None:
+    """`rounded_before` is a bias that was added to sums in the dtype of the output."""
     tolerance = TOLERANCES[output.dtype]
     error = (
         SUM_ERROR[sums] * truth.magnitude
         + tolerance.of_result * (truth.exact.abs() + SUM_ERROR[sums] * truth.magnitude)
         + tolerance.absolute
     )
+    if rounded_before is not None:
+        bias = rounded_before.double().abs().view(1, -1, 1, 1)
+        error = error + tolerance.of_result * (truth.exact.abs() + bias) + tolerance.absolute
     too_far = (output.double() - truth.exact.relu()).abs() > error
     assert not too_far.any(), f"{int(too_far.sum())} of {output.numel()} outputs are too far off"
 
@@ -119,7 +125,7 @@ def check(
             way, case, input.to(device), weight, bias, normalization, None, channels_last
         )
         assert result[0].dtype is weight_dtype
-        check_values(result[0], truth, sums)
+        check_values(result[0], truth, sums, bias if way == TORCH else None)
         check_counts(*result)
 
 
@@ -158,7 +164,8 @@ def test_outputs_of_another_dtype(cuda: torch.device) -> None:
         )
         result = operator(way, case, images, weight, bias, pixfuse.IMAGENET, of_output)
         assert result[0].dtype is of_output
-        check_values(result[0], Truth(values, weight, bias, case.options()), "tensor cores")
+        truth = Truth(values, weight, bias, case.options())
+        check_values(result[0], truth, "tensor cores", bias if way == TORCH else None)
         check_counts(*result)
 
 
@@ -189,10 +196,12 @@ def test_nan_and_infinity(cuda: torch.device) -> None:
         input[0, 1, 5, 6] = math.nan
         input[1, 2, 20, 30] = math.inf
         result = operator(way, case, input, weight, bias)
+        check_counts(*result)
+        if way == TORCH:  # cuDNN's quicker algorithms spread them over neighbouring pixels
+            continue
         expected = relu(conv2d(input.double(), weight.double(), bias.double(), *case.options()))
         assert torch.equal(result[0].isnan(), expected.isnan())
         assert torch.equal(result[0].isinf(), expected.isinf())
-        check_counts(*result)
 
 
 def test_tf32_only_where_torch_allows_it(cuda: torch.device) -> None:

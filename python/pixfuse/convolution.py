@@ -50,7 +50,9 @@ def conv_bias_relu(
     On CUDA, tensor cores multiply 16-bit weights, and float32 ones where torch allows TF32 for
     convolutions (``torch.backends.cudnn.conv.fp32_precision``, on unless you turn it off; under
     ``torch.compile``, what it was when it was compiled). Bytes become the dtype of ``weight``
-    there, as ``normalize(images, dtype=weight.dtype)`` leaves them. The same bits in every run.
+    there, as ``normalize(images, dtype=weight.dtype)`` leaves them, and of more than 4 channels
+    torch rounds 16-bit sums before the bias is added. The same bits in every run, as far as
+    torch's convolution gives them.
 
     Args:
         input: float tensor (float32, float16, bfloat16, or float64) of shape (N, C, H, W) or
