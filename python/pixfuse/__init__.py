@@ -20,6 +20,7 @@ from pixfuse.normalization import (
     SVHN,
     UNIT,
     Normalization,
+    PerImageStandardization,
 )
 from pixfuse.pixels import (
     channel_histogram,
@@ -45,6 +46,7 @@ __all__ = [
     "Collate",
     "DeviceLoader",
     "Normalization",
+    "PerImageStandardization",
     "UnitActivity",
     "channel_histogram",
     "conv_bias_relu",
