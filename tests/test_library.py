@@ -164,7 +164,7 @@ def test_public_names() -> None:
     public = {name for name in vars(pixfuse) if not name.startswith("_")}
     # Their content is what is public.
     modules = {"activity", "collate", "convolution", "functional", "loader", "normalization"}
-    modules |= {"cli", "pixels", "statistics"}
+    modules |= {"certification", "cli", "pixels", "statistics"}
     assert public - modules == set(pixfuse.__all__)
 
 
@@ -173,6 +173,7 @@ PUBLIC_FUNCTIONS: dict[str, Callable[..., object]] = {
     "Collate": pixfuse.Collate,
     "DeviceLoader": pixfuse.DeviceLoader,
     "channel_histogram": pixfuse.channel_histogram,
+    "certified_dead": pixfuse.certified_dead,
     "fold_of": pixfuse.fold_of,
     "denormalize": pixfuse.denormalize,
     "image_moments": pixfuse.image_moments,
@@ -185,6 +186,10 @@ PUBLIC_FUNCTIONS: dict[str, Callable[..., object]] = {
     "conv_bias_relu": pixfuse.conv_bias_relu,
     "empty_cache": pixfuse.empty_cache,
     "info": pixfuse.info,
+    "nn.ConvBiasReLU2d": pixfuse.nn.ConvBiasReLU2d,
+    "nn.PixelStem": pixfuse.nn.PixelStem,
+    "nn.fuse": pixfuse.nn.fuse,
+    "reference.certified_dead": pixfuse.reference.certified_dead,
     "reference.channel_histogram": pixfuse.reference.channel_histogram,
     "reference.denormalize": pixfuse.reference.denormalize,
     "reference.image_moments": pixfuse.reference.image_moments,

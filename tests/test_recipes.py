@@ -139,6 +139,24 @@ def test_the_readme_on_units() -> None:
     assert activity.dead_count == (output.amax((0, 2, 3)) == 0).sum() == 1
 
 
+def test_the_readme_on_models(capsys: pytest.CaptureFixture[str]) -> None:
+    model = import_torchvision("torchvision.models").resnet18()
+    images = torch.randint(256, (2, 64, 64, 3), dtype=torch.uint8)
+    names = {"pixfuse": pixfuse, "torch": torch, "images": images, "model": model}
+    (block,) = sections(README.read_text())["In a model"]
+    exec(compile(block, str(README), "exec"), names)
+    assert capsys.readouterr().out.startswith("convolution")
+    assert type(names["stem"]) is pixfuse.nn.PixelStem
+    floats = pixfuse.normalize(images, pixfuse.IMAGENET, input_layout="NHWC")
+    torch.testing.assert_close(names["scores"], model(floats), rtol=1e-3, atol=1e-4)
+    assert list(names["layer"].state_dict()) == ["weight", "bias"]
+    dead = [
+        pixfuse.certified_dead(names["weight"], names["bias"], normalization=n).sum()
+        for n in (pixfuse.SIGNED, pixfuse.UNIT)
+    ]
+    assert dead[0] < dead[1]
+
+
 def test_every_recipe_asserts_something() -> None:
     assert len(RECIPES) >= 12
     for recipe, blocks in RECIPES.items():
