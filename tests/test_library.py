@@ -181,6 +181,7 @@ PUBLIC_FUNCTIONS: dict[str, Callable[..., object]] = {
     "crop_mirror_normalize": pixfuse.crop_mirror_normalize,
     "normalize": pixfuse.normalize,
     "Normalization": pixfuse.Normalization,
+    "PerImageStandardization": pixfuse.PerImageStandardization,
     "UnitActivity": pixfuse.UnitActivity,
     "conv_bias_relu": pixfuse.conv_bias_relu,
     "empty_cache": pixfuse.empty_cache,

@@ -15,6 +15,9 @@ from PIL import Image
 import pixfuse
 from benchmarks.torchvision_import import import_torchvision
 
+# The libraries take long to import: once.
+pytestmark = pytest.mark.xdist_group("recipes")
+
 PAGE = Path(__file__).parent.parent / "docs" / "recipes.md"
 README = PAGE.parent.parent / "README.md"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -21,6 +21,7 @@ from pixfuse.normalization import (
     SVHN,
     UNIT,
     Normalization,
+    PerImageStandardization,
 )
 from pixfuse.pixels import (
     channel_histogram,
@@ -48,6 +49,7 @@ __all__ = [
     "DeadUnitWarning",
     "DeviceLoader",
     "Normalization",
+    "PerImageStandardization",
     "UnitActivity",
     "channel_histogram",
     "conv_bias_relu",
