@@ -8,6 +8,7 @@ from pixfuse.collate import Collate
 from pixfuse.convolution import conv_bias_relu
 from pixfuse.functional import crop_mirror_normalize, normalize
 from pixfuse.loader import DeviceLoader
+from pixfuse.monitor import DeadUnitMonitor, DeadUnitWarning
 from pixfuse.normalization import (
     CIFAR10,
     CIFAR100,
@@ -45,6 +46,8 @@ __all__ = [
     "UNIT",
     "ChannelStatistics",
     "Collate",
+    "DeadUnitMonitor",
+    "DeadUnitWarning",
     "DeviceLoader",
     "Normalization",
     "PerImageStandardization",
