@@ -8,6 +8,7 @@ from pixfuse.collate import Collate
 from pixfuse.convolution import conv_bias_relu
 from pixfuse.functional import crop_mirror_normalize, normalize
 from pixfuse.loader import DeviceLoader
+from pixfuse.monitor import DeadUnitMonitor, DeadUnitWarning
 from pixfuse.normalization import (
     CIFAR10,
     CIFAR100,
@@ -21,6 +22,7 @@ from pixfuse.normalization import (
     SVHN,
     UNIT,
     Normalization,
+    PerImageStandardization,
 )
 from pixfuse.pixels import (
     channel_histogram,
@@ -44,8 +46,11 @@ __all__ = [
     "UNIT",
     "ChannelStatistics",
     "Collate",
+    "DeadUnitMonitor",
+    "DeadUnitWarning",
     "DeviceLoader",
     "Normalization",
+    "PerImageStandardization",
     "UnitActivity",
     "certified_dead",
     "channel_histogram",
