@@ -469,8 +469,8 @@ def fuse(
         normalization: with one, the fused model takes uint8 images: the convolution that takes the
             model's first input becomes a :class:`PixelStem`.
         input_layout: of those images, ``"NCHW"`` or ``"NHWC"``.
-        leaf_modules: classes, or names in the model, of modules that are kept whole, besides those
-            of torch.nn.
+        leaf_modules: classes, or names in the model, of modules that are kept whole, besides the
+            layers of torch.nn, classes derived from them, and modules with hooks.
         concrete_args: values of arguments of ``forward`` that Python decides upon, such as
             ``{"mask": None}``; they are fixed in the fused model.
 
