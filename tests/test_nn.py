@@ -441,11 +441,25 @@ def test_a_compiled_stem() -> None:
 @pytest.mark.usefixtures("_fresh_compiler")
 @pytest.mark.parametrize("strict", [True, False])
 def test_export(strict: bool) -> None:
+    for module, input in (
+        (ConvBiasReLU2d(3, 8, 3, padding=1, padding_mode="circular"), INPUT),
+        (PixelStem(3, 8, 3, normalization=pixfuse.UNIT), random_bytes(2, 3, 9, 9)),
+    ):
+        module.register_activity_hook(note_to_itself)
+        program = torch.export.export(module, (input,), strict=strict)
+        assert module.last_activity is None
+        assert not hasattr(module, "noted")
+        assert_same_bits(program.module()(input), module(input))
+
+
+def test_checkpointing_runs_a_layer_twice() -> None:
     module = ConvBiasReLU2d(3, 8, 3)
-    input = torch.randn(2, 3, 9, 9)
-    program = torch.export.export(module, (input,), strict=strict)
-    assert module.last_activity is None
-    assert_same_bits(program.module()(input), module(input))
+    told: list[UnitActivity] = []
+    module.register_activity_hook(lambda _, activity: told.append(activity))
+    both = nn.Sequential(module, nn.Conv2d(8, 2, 3))  # it stops where it has what it needs
+    torch.utils.checkpoint.checkpoint(both, INPUT, use_reentrant=False).sum().backward()
+    assert len(told) == 2
+    assert_same_activity(*told)
 
 
 @pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated, and warns of every size
@@ -984,7 +998,7 @@ def test_one_norm_behind_two_convolutions() -> None:
 # --- the comparison itself ---
 
 
-@pytest.mark.parametrize("fault", ["a second user", "epsilon", "no ReLU", "a hook"])
+@pytest.mark.parametrize("fault", ["a second user", "epsilon", "no ReLU", "a hook", "a gradient"])
 def test_the_comparison_notices_a_wrong_swap(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model: nn.Module = initialized(Small(nn.ReLU(), norm=nn.BatchNorm2d(8))).eval()
     if fault == "a second user":
@@ -1000,12 +1014,22 @@ def test_the_comparison_notices_a_wrong_swap(fault: str, monkeypatch: pytest.Mon
     elif fault == "no ReLU":
         model = Small(nn.LeakyReLU(0.5))
         monkeypatch.setattr(_fusion, "_is_relu", lambda node, modules: node.op == "call_module")
+    elif fault == "a gradient":
+        model = Small(nn.ReLU())
+        right = cast(Any, pixfuse.nn).conv_bias_relu
+
+        def wrong(input: torch.Tensor, weight: torch.Tensor, *rest: Any, **options: Any) -> Any:
+            output, activity = right(input, weight, *rest, **options)
+            return output + (weight - weight.detach()).mean(), activity
+
+        monkeypatch.setattr(pixfuse.nn, "conv_bias_relu", wrong)
     else:
         model = with_hook("first").eval()
         cast(Any, model.get_submodule("first")).register_forward_hook(lambda *_: _[2] + 1)
         monkeypatch.setattr(_fusion, "has_hooks", lambda *_: False)
         monkeypatch.setattr(pixfuse.nn, "has_hooks", lambda *_: False)
-    with pytest.raises(AssertionError, match=r"(network|folded): off by"):
+    words = "gradients" if fault == "a gradient" else "(network|folded)"
+    with pytest.raises(AssertionError, match=f"{words}: off by"):
         check_fused(model, INPUT, "network" if fault == "no ReLU" else "folded")
 
 
