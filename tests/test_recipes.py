@@ -127,6 +127,20 @@ def test_the_readme() -> None:
     assert torch.equal(names["x"], expected)  # of the DeviceLoader: one batch is all there is
 
 
+def test_the_readme_on_statistics() -> None:
+    images = torch.randint(256, (6, 32, 32, 3), dtype=torch.uint8)
+    keys = [f"{n}.jpg" for n in range(6)]
+    names: dict[str, Any] = {"pixfuse": pixfuse, "images": images, "names": keys}
+    block = sections(README.read_text())["Statistics, and back to pixels"][0]
+    exec(compile(block, str(README), "exec"), names)
+    assert torch.equal(names["pixels"], images)
+    assert names["counts"].tolist() == [0, 0]
+    assert len(names["training"]) == 5
+    photos = [image.numpy() for image in torch.randint(256, (2, 230, 240, 3), dtype=torch.uint8)]
+    windows = pixfuse.crop_mirror_normalize(photos, 224, dtype=torch.uint8)
+    assert torch.equal(names["collate"](photos), pixfuse.standardize_per_image(windows, floor=1.0))
+
+
 def test_the_readme_on_units(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -253,8 +253,8 @@ def standardize_per_image(
 
     The floor keeps the noise of a flat image from being blown up: without one, a sky whose pixels
     differ by 1 would get the contrast of a photograph, and a single color would be divided by 0.
-    :class:`pixfuse.PerImageStandardization` asks ``Collate``, ``DeviceLoader`` and ``transforms``
-    for the same.
+    The picture is in ``docs/per_image.md``. :class:`pixfuse.PerImageStandardization` asks
+    ``Collate``, ``DeviceLoader`` and ``transforms`` for the same.
 
     Args:
         images: uint8 tensor (CPU or CUDA) or numpy array, values 0 to 255, of shape (N, C, H, W) or
