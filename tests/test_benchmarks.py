@@ -3,10 +3,13 @@
 import dataclasses
 from pathlib import Path
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 
-from benchmarks import harness, plot, report
+import pixfuse
+from benchmarks import bench_pixels, harness, plot, report
 from benchmarks.harness import Checked, Contestant, Tolerance, UnequalError
 
 EXPECTED = torch.linspace(-1, 1, 24).view(2, 3, 2, 2)
@@ -95,3 +98,72 @@ def test_a_number_typed_into_the_readme_is_found(
     forged.write_text(head + start + block.replace(digit, str((int(digit) + 1) % 10), 1))
     assert plot.main(["--check", "--readme", str(forged)]) == 1
     assert "README.md differs" in capsys.readouterr().err
+
+
+def test_results_that_are_not_there_are_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{plot.START}\nold\n{plot.END}\nafter\n")
+    assert plot.main(["--results", str(tmp_path), "--readme", str(readme)]) == 0
+    assert readme.read_text() == f"before\n{plot.START}\n\n{plot.END}\nafter\n"
+    assert "there is no pixels_cpu.json" in capsys.readouterr().out
+
+
+PIXELS_PLAN = harness.Plan(rounds=1, sample_seconds=1e-4, least_rounds=1)
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("name", bench_pixels.JOBS)
+def test_everybody_who_handles_pixels_is_checked(name: str, layout: str) -> None:
+    run = bench_pixels.Run()
+    result = bench_pixels.run_job(run, name, bench_pixels.random_pixels(2, 5), layout, PIXELS_PLAN)
+    assert run.problems == []
+    assert {report.OURS, report.COPY} < result["us_per_call"].keys()
+
+
+@pytest.mark.parametrize("name", bench_pixels.JOBS)
+def test_one_wrong_pixel_is_not_timed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = bench_pixels.random_pixels(2, 5)
+    honest = getattr(pixfuse, name)
+    other = bench_pixels.Pixels(pixels.nhwc.numpy().copy())
+    other.nhwc[1, 4, 4, 2] ^= 1
+
+    def wrong(*arguments: object, **options: object) -> object:
+        if name != "denormalize":
+            return honest(other.nhwc, *arguments[1:], **options)
+        result = honest(*arguments, **options)
+        result.view(-1)[-1] ^= 1
+        return result
+
+    monkeypatch.setattr(pixfuse, name, wrong)
+    run = bench_pixels.Run()
+    result = bench_pixels.run_job(run, name, pixels, "NHWC", PIXELS_PLAN)
+    assert report.OURS not in result["us_per_call"]
+    assert any(problem.startswith(report.OURS) for problem in run.problems)
+
+
+def test_files_that_were_counted_wrong_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = bench_pixels.expected_counts
+
+    def write_jpegs(folder: Path, count: int, side: int) -> list[Path]:
+        """Not from photographs: those need a package that only benchmarks have."""
+        paths = [folder / f"{n}.jpg" for n in range(count)]
+        for n, path in enumerate(paths):
+            PIL.Image.radial_gradient("L").rotate(n).resize((side, side)).convert("RGB").save(path)
+        return paths
+
+    def one_more(paths: list[Path]) -> torch.Tensor:
+        counts = honest(paths)
+        counts[0, np.random.default_rng(0).integers(256)] += 1
+        return counts
+
+    run = bench_pixels.Run()
+    monkeypatch.setattr(bench_pixels, "write_jpegs", write_jpegs)
+    monkeypatch.setattr(bench_pixels, "WORKERS", ())
+    stats = bench_pixels.run_stats(run, quick=True)
+    assert run.problems == []
+    assert [row["workers"] for row in stats["rows"]] == [0]
+    monkeypatch.setattr(bench_pixels, "expected_counts", one_more)
+    assert "rows" not in bench_pixels.run_stats(run, quick=True)
+    assert run.problems == ["pixfuse stats, 0 workers: counts differ from numpy's"]
