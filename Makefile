@@ -6,7 +6,8 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 NVCC ?= nvcc
-PYTEST_ARGS ?=
+# Every test, on all cores. What says which tests to run replaces it: then one process runs them.
+PYTEST_ARGS ?= --numprocesses auto --maxprocesses 8 --dist loadgroup
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -31,8 +32,8 @@ demo: build $(STAMPS)/demo  ## Run the main job on photographs, check and time i
 	$(BIN)/python -m benchmarks.demo
 
 .PHONY: test
-test: build $(STAMPS)/test $(STAMPS)/neighbours  ## Run every test (PYTEST_ARGS="-k name" for some)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+test: build $(STAMPS)/test $(STAMPS)/neighbours  ## Run every test on all cores (PYTEST_ARGS="-k name" for some)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 .PHONY: build
 build: $(STAMPS)/pixfuse  ## Set up .venv, compile and install the package there

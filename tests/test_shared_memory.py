@@ -6,6 +6,7 @@ import os
 import pickle
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -247,3 +248,55 @@ def test_persistent_workers_and_early_breaks() -> None:
             del images
             if number == 5:
                 break
+
+
+# --- what a receiver keeps mapped ---
+
+
+def storages(count: int) -> list[torch.UntypedStorage]:
+    return [torch.UntypedStorage(64) for _ in range(count)]
+
+
+def test_mappings_are_bounded() -> None:
+    mappings = _shared_memory.Mappings()
+    first, *others = storages(_shared_memory.Mappings.MOST)
+    alive = weakref.WeakSet([first, others[0]])
+    for storage in (first, *others, first):
+        mappings.add(storage)
+    assert len(mappings) == len(others) + 1
+    mappings.add(storages(1)[0])
+    del storage, first, others
+    assert len(mappings) == _shared_memory.Mappings.MOST
+    assert len(alive) == 1  # the one that had not been used for longest
+    mappings.clear()
+    assert len(mappings) == len(alive) == 0
+
+
+def test_mappings_of_this_thread_and_this_block_only() -> None:
+    receiving = _shared_memory._receiving
+    outer, inner = _shared_memory.Mappings(), _shared_memory.Mappings()
+    seen: list[Any] = []
+
+    def failing() -> None:
+        with inner.kept():
+            seen.append(receiving.mappings)
+            raise KeyError
+
+    with outer.kept():
+        with pytest.raises(KeyError):
+            failing()
+        assert receiving.mappings is outer
+        thread = threading.Thread(target=lambda: seen.append(getattr(receiving, "mappings", None)))
+        thread.start()
+        thread.join()
+    assert seen == [inner, None]
+    assert receiving.mappings is None
+
+
+def test_copies_of_mappings_are_empty() -> None:
+    mappings = _shared_memory.Mappings()
+    mappings.add(storages(1)[0])
+    for again in (copy.deepcopy(mappings), pickle.loads(pickle.dumps(mappings))):
+        assert len(again) == 0
+        again.add(storages(1)[0])
+    assert len(mappings) == 1

@@ -215,16 +215,20 @@ ImageSource ImageReader::read_pillow(PyObject* original, Py_ssize_t index, Holde
   const Names& name = names();
   auto image = py::reinterpret_borrow<py::object>(original);
   const Mode* mode = nullptr;
+  py::object mode_name;
   try {
     call(image.ptr(), name.load);  // a lazy file may change its mode and its size here
-    const py::object mode_name = attribute(image.ptr(), name.mode);
+    mode_name = attribute(image.ptr(), name.mode);
     mode = find_mode(text_of(mode_name));
-    if (mode == nullptr) {
-      raise(PyExc_TypeError, index,
-            "of a Pillow mode with 8 bits per channel, got mode " +
-                std::string(py::repr(mode_name)) +
-                "; convert it, for example with image.convert(\"RGB\"), where its range is known");
-    }
+  } catch (py::error_already_set& error) {
+    raise_unreadable(error, index);
+  }
+  if (mode == nullptr) {
+    raise(PyExc_TypeError, index,
+          "of a Pillow mode with 8 bits per channel, got mode " + std::string(py::repr(mode_name)) +
+              "; convert it, for example with image.convert(\"RGB\"), where its range is known");
+  }
+  try {
     const Mode* wanted = mode;
     if (mode->name == "P" && py::cast<bool>(image.attr("has_transparency_data"))) {
       wanted = find_mode("PA");
@@ -235,7 +239,6 @@ ImageSource ImageReader::read_pillow(PyObject* original, Py_ssize_t index, Holde
     }
     mode = wanted;
   } catch (py::error_already_set& error) {
-    if (mode == nullptr && error.matches(PyExc_TypeError)) throw;
     raise_unreadable(error, index);
   }
 

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from pixfuse import _images
-from pixfuse._checks import check_bytes
+from pixfuse._checks import check_bytes, tensor_of_array
+from pixfuse._library import ELEMENT_CODES
 
 _NAME = "crop_mirror_normalize"
 
@@ -166,3 +167,26 @@ def _check_channels(function: str, images: Sequence[Any], channels: list[int]) -
                 f"{function}: expected images of one channel count, got {channels[0]} in images[0] "
                 f"and {count} in images[{index}]{hint}"
             )
+
+
+def read_image(function: str, image: object) -> torch.Tensor:
+    """A Pillow image, copied, or an array, in place, as a (C, H, W) tensor."""
+    if isinstance(image, np.ndarray):
+        check_bytes(function, "images[0]", image)
+        if any(stride < 0 for stride in image.strides):
+            image = image.copy()  # torch has no negative strides, even of one element
+        pixels = tensor_of_array(image)
+        pixels = pixels.unsqueeze(0) if pixels.ndim == 2 else pixels.permute(2, 0, 1)
+        _check_not_empty(function, "images[0]", pixels.shape)
+        return pixels
+    memory = _images.read([image], _pillow_exports_memory(), function)
+    height, width, channels = memory.sizes[0].tolist()
+    pixels = torch.empty(
+        (1, channels, height, width), dtype=torch.uint8, memory_format=torch.channels_last
+    )
+    unturned = np.zeros((1, 4), np.int64)
+    unchanged = ((0.0,), (1.0,), 0, (0.0,), False, ELEMENT_CODES[torch.uint8])
+    memory.crop_mirror_normalize(
+        unturned, channels, height, width, *unchanged, pixels.data_ptr(), pixels.stride(), 0
+    )
+    return pixels[0]

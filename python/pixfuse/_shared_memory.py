@@ -12,7 +12,9 @@ import copy
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
@@ -171,6 +173,53 @@ def _reduce(tensor: SharedTensor) -> Any:
 ForkingPickler.register(SharedTensor, _reduce)
 
 
+class Mappings:
+    """Blocks that a process receives again and again, mapped once as long as this object lives.
+
+    A mapping is made with the first batch in a block and goes with it; for the next one all pages
+    have to be found again, which can take as long as normalizing what is on them. Torch finds a
+    storage that is still there by its file.
+    """
+
+    #: Some may be blocks that their worker has given up: the longest unused ones go first.
+    MOST = 64
+
+    def __init__(self) -> None:
+        self._storages: OrderedDict[int, torch.UntypedStorage] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._storages)
+
+    def __reduce__(self) -> Any:
+        return Mappings, ()  # copies, in this process or another, begin anew
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Keep what this thread receives meanwhile."""
+        outer = getattr(_receiving, "mappings", None)
+        _receiving.mappings = self
+        try:
+            yield
+        finally:
+            _receiving.mappings = outer
+
+    def add(self, storage: torch.UntypedStorage) -> None:
+        address = storage.data_ptr()
+        with self._lock:
+            self._storages[address] = storage
+            self._storages.move_to_end(address)
+            if len(self._storages) > self.MOST:
+                self._storages.popitem(last=False)
+
+    def clear(self) -> None:
+        with self._lock:
+            self._storages.clear()
+
+
+_receiving = threading.local()
+
+
 def _rebuild(
     storage: torch.UntypedStorage,
     nbytes: int,
@@ -180,6 +229,9 @@ def _rebuild(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """In the process that receives it: an ordinary tensor."""
+    mappings = getattr(_receiving, "mappings", None)
+    if mappings is not None:
+        mappings.add(storage)
     give_back = (_trailer(storage, nbytes), number, os.getpid())
     return _tensor(storage, nbytes, shape, strides, dtype, _give_back, *give_back)
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from pixfuse._checks import tensor_of_images
+from pixfuse._convert import convert
 from pixfuse._library import (
     CUDA_LOADED,
     CUDA_STATE,
@@ -24,8 +25,8 @@ from pixfuse._library import (
     resolve_channels_last,
     view_as_nchw,
 )
-from pixfuse.functional import normalize
-from pixfuse.normalization import UNIT, Normalization
+from pixfuse._shared_memory import Mappings
+from pixfuse.normalization import UNIT, Normalization, PerImageStandardization
 
 _THREAD_NAME = "pixfuse.DeviceLoader"
 
@@ -39,6 +40,14 @@ class DeviceLoader:
     thread per iteration normalizes them into recycled memory (CPU), or copies them through pinned
     memory and normalizes them on a stream of its own (CUDA). Bytes travel as bytes: a quarter of
     what float32 would take.
+
+    On the CPU, this pays where the process that trains has a core to spare, or where shared memory
+    is short. Packing bytes in the workers and normalizing them here is a pass over memory more than
+    ``Collate(normalization)`` in the workers, which leaves nothing to do here: prefer that when all
+    cores are busy with workers. ``prefetch=0`` then saves the hand-over between threads. Batches
+    that ``Collate`` packs in workers keep their place in this process's memory from one to the
+    next, until the iteration ends, or with ``persistent_workers`` as long as this object: what is
+    mapped anew costs its page faults again.
 
     The loader itself is only ever called in the consumer's thread, so its random numbers come in
     the same order in every run, generators may be given, and an exception of a batch is raised
@@ -66,7 +75,10 @@ class DeviceLoader:
             another number of dimensions, or another dtype. A batch is read until it comes out
             (on CUDA until the GPU has it), so the loader must not write into it again.
         device: a CPU or CUDA device.
-        normalization: mean and std per channel, and a rounding.
+        normalization: mean and std per channel, and a rounding. Or a
+            :class:`pixfuse.PerImageStandardization`: every image by its own mean and std, those of
+            the bytes that come from the loader, whatever was cropped, padded or mirrored before;
+            the bits of :func:`pixfuse.standardize_per_image`.
         input_layout: of the images, ``"NCHW"`` or ``"NHWC"``.
         dtype: of the results: ``torch.float32``, ``torch.float16`` or ``torch.bfloat16``.
         memory_format: of the results: ``torch.contiguous_format``, ``torch.channels_last`` or
@@ -74,8 +86,8 @@ class DeviceLoader:
         prefetch: how many batches to work ahead; 0 works on each one when it is asked for, without
             a thread.
         transfer: CUDA only. ``"copy"`` copies the bytes to the GPU and normalizes them there;
-            ``"direct"`` lets the kernel read the pinned memory itself. Which one is faster has not
-            been measured.
+            ``"direct"`` lets the kernel read the pinned memory itself, once, so not with a
+            ``PerImageStandardization``. Which one is faster has not been measured.
 
     Returns:
         An iterable of batches of the same structure. Images have shape (N, C, H, W) and ``dtype``.
@@ -98,7 +110,7 @@ class DeviceLoader:
         self,
         loader: Iterable[Any],
         device: torch.device | str | int,
-        normalization: Normalization = UNIT,
+        normalization: Normalization | PerImageStandardization = UNIT,
         *,
         input_layout: Literal["NCHW", "NHWC"] = "NCHW",
         dtype: torch.dtype = torch.float32,
@@ -119,19 +131,20 @@ class DeviceLoader:
             raise ValueError(f"DeviceLoader: expected prefetch to be 0 or more, got {prefetch}")
         self.loader = loader
         self.device = _check_device(device)
-        _check_transfer(transfer, self.device)
+        _check_transfer(transfer, self.device, normalization)
         self.normalization = normalization
         self.input_layout = input_layout
         self.dtype = dtype
         self.memory_format = memory_format
         self.prefetch = prefetch
         self.transfer = transfer
+        # Between iterations only as long as the workers, and so the memory, stay.
+        self._mappings = Mappings()
         # No image at all is enough for normalize to check what was given.
         channels = len(getattr(normalization, "mean", (0,)))
         shape = (0, channels, 1, 1) if input_layout != "NHWC" else (0, 1, 1, channels)
-        normalize(
-            torch.empty(shape, dtype=torch.uint8, device="cpu"), normalization, **self._options()
-        )
+        nothing = torch.empty(shape, dtype=torch.uint8, device="cpu")
+        convert(nothing, normalization, **self._options())
 
     def _options(self) -> dict[str, Any]:
         return {
@@ -143,7 +156,10 @@ class DeviceLoader:
     def __iter__(self) -> Iterator[Any]:
         """Start over, on an iterator of the loader."""
         line = _CudaLine(self) if self.device.type == "cuda" else _CpuLine(self)
-        return _BatchIterator(iter(self.loader), line, self.prefetch)
+        persistent = getattr(self.loader, "persistent_workers", False) is True
+        return _BatchIterator(
+            iter(self.loader), line, self.prefetch, self._mappings, keep_mappings=persistent
+        )
 
     def __len__(self) -> int:
         """The number of batches, if the loader has one."""
@@ -183,7 +199,7 @@ def _check_device(device: torch.device | str | int) -> torch.device:
     return device
 
 
-def _check_transfer(transfer: str, device: torch.device) -> None:
+def _check_transfer(transfer: str, device: torch.device, normalization: object) -> None:
     if transfer not in ("copy", "direct"):
         raise ValueError(
             f"DeviceLoader: expected transfer to be 'copy' or 'direct', got {transfer!r}"
@@ -191,6 +207,11 @@ def _check_transfer(transfer: str, device: torch.device) -> None:
     if transfer == "direct" and device.type != "cuda":
         raise ValueError(
             f"DeviceLoader: expected transfer to be 'copy' for device {device}, got 'direct'"
+        )
+    if transfer == "direct" and isinstance(normalization, PerImageStandardization):
+        raise ValueError(
+            "DeviceLoader: expected transfer to be 'copy' with a PerImageStandardization, got "
+            "'direct'; it reads every image twice"
         )
 
 
@@ -273,7 +294,7 @@ class _CpuLine:
 
     def _convert(self, value: Any) -> Any:
         if is_image_batch(value) and not _on_cuda(value):
-            return normalize(value, self.normalization, **self.options)
+            return convert(value, self.normalization, **self.options)
         if isinstance(value, torch.Tensor) or callable(getattr(value, "to", None)):
             moved = value.to(self.device)
             return self._convert(moved) if is_image_batch(moved) else moved
@@ -302,12 +323,21 @@ def _is_dense(value: torch.Tensor) -> bool:
 class _BatchIterator:
     """The queue between a loader and its consumer: up to ``prefetch`` batches beyond the next."""
 
-    def __init__(self, batches: Iterator[Any], line: _CpuLine | _CudaLine, prefetch: int) -> None:
+    def __init__(
+        self,
+        batches: Iterator[Any],
+        line: _CpuLine | _CudaLine,
+        prefetch: int,
+        mappings: Mappings,
+        keep_mappings: bool = False,
+    ) -> None:
         self._batches: Iterator[Any] | None = batches
         self._line = line
         self._prefetch = prefetch
         self._pending: deque[Future[Any]] = deque()
         self._failing = False
+        self._mappings = mappings
+        self._keep_mappings = keep_mappings
         self._thread: ThreadPoolExecutor | None = None
         self._thread_ids: list[int] = []
         if prefetch > 0:
@@ -341,7 +371,8 @@ class _BatchIterator:
 
     def _pull(self, batches: Iterator[Any]) -> None:
         try:
-            batch = next(batches)
+            with self._mappings.kept():
+                batch = next(batches)
         except StopIteration:
             self._batches = None
         except Exception as error:  # raised where its batch would have come
@@ -364,6 +395,8 @@ class _BatchIterator:
     def close(self) -> None:
         """End the thread and let go of the loader's iterator; ask for nothing after it."""
         self._batches = None
+        if not self._keep_mappings:
+            self._mappings.clear()
         thread, self._thread = self._thread, None
         if thread is not None:
             # A garbage collection may run this in the very thread that would be waited for.
@@ -554,14 +587,16 @@ class _CudaLine:
 
     def _normalize(self, images: torch.Tensor, result: torch.Tensor, memory_format: Any) -> None:
         options = {**self.options, "memory_format": memory_format}
-        normalize(images, self.normalization, out=result, **options)
+        convert(images, self.normalization, out=result, **options)
 
     def _normalize_pinned(self, source: torch.Tensor, memory_format: Any) -> torch.Tensor:
+        normalization = self.normalization
+        assert isinstance(normalization, Normalization)  # the constructor has seen to it
         return torch.ops.pixfuse.normalize_pinned(  # type: ignore[no-any-return]
             source,
-            self.normalization.mean,
-            self.normalization.std,
-            self.normalization.rounding_code,
+            normalization.mean,
+            normalization.std,
+            normalization.rounding_code,
             LAYOUT_CODES[self.options["input_layout"]],
             DTYPE_CODES[self.options["dtype"]],
             MEMORY_FORMAT_CODES[memory_format],

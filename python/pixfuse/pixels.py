@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any, Literal, SupportsFloat, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from pixfuse._checks import (
     check_choice,
     check_device,
     check_dtype,
+    check_float_out,
     check_images,
     check_is_normalization,
     check_memory_format,
@@ -22,7 +22,7 @@ from pixfuse._checks import (
 )
 from pixfuse._image_input import read_list
 from pixfuse._library import DTYPE_CODES, LAYOUT_CODES, nhwc_shape
-from pixfuse.normalization import Normalization
+from pixfuse.normalization import Normalization, least_std_of
 
 #: A batch, an image, or a list of images of any sizes (Pillow images are not named: optional).
 Images = torch.Tensor | np.ndarray | Sequence[Any]
@@ -246,6 +246,7 @@ def standardize_per_image(
     input_layout: Literal["NCHW", "NHWC"] = "NCHW",
     dtype: torch.dtype = torch.float32,
     memory_format: torch.memory_format = torch.contiguous_format,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Bring every image to mean 0 and std 1, by its own mean and std.
 
@@ -259,6 +260,8 @@ def standardize_per_image(
 
     The floor keeps the noise of a flat image from being blown up: without one, a sky whose pixels
     differ by 1 would get the contrast of a photograph, and a single color would be divided by 0.
+    The picture is in ``docs/per_image.md``. :class:`pixfuse.PerImageStandardization` asks
+    ``Collate``, ``DeviceLoader`` and ``transforms`` for the same.
 
     Args:
         images: uint8 tensor (CPU or CUDA) or numpy array, values 0 to 255, of shape (N, C, H, W) or
@@ -275,14 +278,16 @@ def standardize_per_image(
         memory_format: of the result: ``torch.contiguous_format``, ``torch.channels_last`` (for
             3 dimensions too: the channels of a pixel side by side), or ``torch.preserve_format``
             (channels-last when the channels of ``images`` lie side by side).
+        out: where to write: a tensor of the result's shape, dtype, device and memory format that
+            shares no memory with ``images`` and does not require a gradient.
 
     Returns:
         A tensor of shape (N, C, H, W) or (C, H, W), of ``dtype``, dense in ``memory_format``, on
-        the device of ``images``.
+        the device of ``images``; ``out`` if given.
 
     Raises:
         TypeError: a wrong type or dtype.
-        ValueError: a wrong shape, layout, floor or memory format.
+        ValueError: a wrong shape, layout, floor or memory format, or an ``out`` that does not fit.
         NotImplementedError: a device or tensor layout that has no kernel.
 
     Equivalent to::
@@ -300,37 +305,20 @@ def standardize_per_image(
     """
     name = "standardize_per_image"
     tensor, layout_code = check_images(name, images, input_layout)
-    if not isinstance(per_channel, bool):
-        raise TypeError(
-            f"{name}: expected per_channel to be True or False, got {type(per_channel).__name__}"
-        )
-    if isinstance(floor, str):
-        if floor != "tensorflow":
-            raise ValueError(
-                f"{name}: expected floor to be 'tensorflow' or a number above 0, got {floor!r}"
-            )
-        least = 0.0  # the operator's name for it
-    elif isinstance(floor, bool) or not isinstance(floor, SupportsFloat):
-        raise TypeError(
-            f"{name}: expected floor to be 'tensorflow' or a number above 0, got "
-            f"{type(floor).__name__}"
-        )
-    else:
-        least = float(floor)
-        if not (math.isfinite(least) and least >= _LEAST_FLOOR):
-            raise ValueError(
-                f"{name}: expected floor to be 'tensorflow' or a number above 0 (finite, "
-                f"{_LEAST_FLOOR:g} or more), in units of 0 to 255, got {floor}"
-            )
+    least = least_std_of(name, per_channel, floor)
     dtype_code = check_dtype(name, dtype)
     memory_format_code = check_memory_format(name, memory_format)
-    return torch.ops.pixfuse.standardize_per_image.default(  # type: ignore[no-any-return]
-        tensor, per_channel, least, layout_code, dtype_code, memory_format_code
+    if out is None:
+        return torch.ops.pixfuse.standardize_per_image.default(  # type: ignore[no-any-return]
+            tensor, per_channel, least, layout_code, dtype_code, memory_format_code
+        )
+    check_float_out(name, out, tensor, layout_code, dtype, memory_format)
+    torch.ops.pixfuse.standardize_per_image_out.default(
+        tensor, per_channel, least, layout_code, out
     )
-
-
-#: Of what an image can be divided by; less would serve nobody and its reciprocal overflow.
-_LEAST_FLOOR = 1e-30
+    if not torch.compiler.is_compiling() and not out.is_inference():
+        torch.autograd.graph.increment_version(out)  # as torch's own functions with out= do
+    return out
 
 
 def _check_bytes_out(out: torch.Tensor, tensor: torch.Tensor, output_layout: str) -> None:

@@ -145,15 +145,15 @@ class ChannelStatistics:
                 :func:`pixfuse.channel_histogram`.
             input_layout: the order of the dimensions of a batch or image.
             keys: a name for each image, e.g. its path within the dataset; what the fingerprint is
-                made of, and what tells that two splits overlap.
+                made of, and what tells that two splits overlap. For all images or for none.
 
         Returns:
             Nothing.
 
         Raises:
             TypeError: a wrong type or dtype.
-            ValueError: a wrong shape, another channel count than before, not one key per image, or
-                a key that was counted before.
+            ValueError: a wrong shape, another channel count than before, not one key per image, a
+                key that was counted before, or keys in some updates only.
         """
         each = count_each("image_moments", images, input_layout)
         if each is not None:
@@ -219,6 +219,12 @@ class ChannelStatistics:
                 before.add(part)
 
     def _new_ids(self, keys: Sequence[str] | None, count: int) -> list[int]:
+        if count > 0 and self.images > 0 and (keys is not None) != self._has_keys():
+            before, now = ("none", "some") if keys is not None else ("some", "none")
+            raise ValueError(
+                "ChannelStatistics.update: expected keys for all images or for none, got "
+                f"{now} after {self.images} images with {before}"
+            )
         if keys is None:
             if len(self._parts) > 1:
                 raise ValueError(
@@ -393,6 +399,12 @@ class ChannelStatistics:
                 "ChannelStatistics: expected - of a part of what was counted, got "
                 f"{len(missing)} images that were not"
             )
+        for part in result._parts:
+            if part is not None and len(part.ids) > part.images:  # other counted some twice
+                raise ValueError(
+                    "ChannelStatistics: expected - of a part of what was counted, got "
+                    f"{part.images} images left for {len(part.ids)} keys"
+                )
         return result
 
     def __eq__(self, other: object) -> bool:
@@ -401,6 +413,9 @@ class ChannelStatistics:
         return self._to_dict() == other._to_dict()
 
     __hash__ = None  # type: ignore[assignment]  # it changes
+
+    def _has_keys(self) -> bool:
+        return any(part.ids for part in self._parts if part is not None)
 
     def _ids(self) -> set[int]:
         return set().union(*(part.ids for part in self._parts if part is not None))
@@ -414,6 +429,12 @@ class ChannelStatistics:
         part = next((part for part in other._parts if part is not None), None)
         if part is not None:
             self._check_channels(operator, len(part.counts))
+        if self.images > 0 and other.images > 0 and self._has_keys() != other._has_keys():
+            raise ValueError(
+                f"ChannelStatistics: expected {operator} of statistics that both have keys, or "
+                f"both none, got {'keys' if self._has_keys() else 'none'} and "
+                f"{'keys' if other._has_keys() else 'none'}"
+            )
 
     def _combined(self, other: ChannelStatistics, sign: int) -> ChannelStatistics:
         same = sign < 0 or self.split == other.split
@@ -432,7 +453,8 @@ class ChannelStatistics:
         """Give the training statistics of each fold of a cross-validation, from one pass.
 
         Fold ``i`` holds the images with ``fold_of(key, k) == i``; its training statistics are those
-        of all other images.
+        of all other images. Made with ``ChannelStatistics(split, folds=k)``, or a multiple of
+        ``k``, and every ``update`` was given keys.
 
         Args:
             k: how many folds, 2 or more; the ``folds`` of the constructor must be a multiple of it.
@@ -441,7 +463,7 @@ class ChannelStatistics:
             ``k`` statistics: ``[s.normalization() for s in statistics.folds(5)]``.
 
         Raises:
-            ValueError: the counts were not kept in a multiple of ``k`` parts.
+            ValueError: ``k`` is below 2, or does not divide the ``folds`` of the constructor.
         """
         kept = len(self._parts)
         if k < 2 or kept % k != 0:
