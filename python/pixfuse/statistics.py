@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -17,12 +17,13 @@ import numpy as np
 import torch
 
 from pixfuse.normalization import Normalization, Rounding
-from pixfuse.pixels import Images, channel_histogram, image_moments
+from pixfuse.pixels import Images, channel_histogram, count_each, image_moments
 
 _SCHEMA = "pixfuse.ChannelStatistics"
 _VERSION = 1
 #: Bits behind the point of the std of one image, so that stds add up exactly, in any order.
 _STD_BITS = 64
+_BYTES = np.arange(256)
 
 
 def fold_of(key: str, folds: int) -> int:
@@ -154,7 +155,40 @@ class ChannelStatistics:
             ValueError: a wrong shape, another channel count than before, not one key per image, a
                 key that was counted before, or keys in some updates only.
         """
-        sums, squares = (moments.cpu() for moments in image_moments(images, input_layout))
+        each = count_each("image_moments", images, input_layout)
+        if each is not None:
+            self._update_counts(each, keys)
+            return
+        sums, squares = (moments.cpu().numpy() for moments in image_moments(images, input_layout))
+        pixels = [_pixels_of(images, input_layout, n) for n in range(len(sums))]
+
+        def counts_of(n: int | None) -> np.ndarray:
+            image = images if n is None or getattr(images, "ndim", 0) == 3 else images[n]
+            one: Any = [image] if n is not None and isinstance(images, (list, tuple)) else image
+            return channel_histogram(one, input_layout).cpu().numpy()
+
+        self._update(sums, squares, pixels, counts_of, keys)
+
+    def _update_counts(self, counts: np.ndarray, keys: Sequence[str] | None) -> None:
+        """Count images by their histograms, int64 (N, C, 256): everything follows from them."""
+        pixels: list[int] = counts[:, 0].sum(1).tolist()
+        self._update(
+            counts @ _BYTES,
+            counts @ _BYTES**2,
+            pixels,
+            lambda n: counts.sum(0) if n is None else counts[n],
+            keys,
+        )
+
+    def _update(
+        self,
+        sums: np.ndarray,
+        squares: np.ndarray,
+        pixels: list[int],
+        counts_of: Callable[[int | None], np.ndarray],
+        keys: Sequence[str] | None,
+    ) -> None:
+        """Count images by their moments (N, C) and pixels; ``counts_of`` one of them, or all."""
         count, channels = sums.shape
         self._check_channels("update", channels)
         ids = self._new_ids(keys, count)
@@ -168,18 +202,15 @@ class ChannelStatistics:
             fold = 0 if whole else ids[n] % len(self._parts)
             part = added[fold]
             if not whole:
-                image = images if getattr(images, "ndim", 0) == 3 else images[n]
-                one: Any = [image] if isinstance(images, (list, tuple)) else image
-                part.counts += channel_histogram(one, input_layout).cpu().numpy()
+                part.counts += counts_of(n)
             part.images += 1
-            pixels = _pixels_of(images, input_layout, n)
-            part.pixels += pixels
+            part.pixels += pixels[n]
             part.ids.update(ids[n : n + 1])
             for c in range(channels):
-                spread = pixels * of_squares[c] - of_sums[c] ** 2
-                part.image_std_sums[c] += math.isqrt(spread << (2 * _STD_BITS)) // pixels
+                spread = pixels[n] * of_squares[c] - of_sums[c] ** 2
+                part.image_std_sums[c] += math.isqrt(spread << (2 * _STD_BITS)) // pixels[n]
         if whole:
-            added[0].counts += channel_histogram(images, input_layout).cpu().numpy()
+            added[0].counts += counts_of(None)
         for fold, part in enumerate(added):  # nothing fails from here on
             before = self._parts[fold]
             if before is None:
