@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import pixfuse
+from benchmarks import per_image
 from pixfuse import PerImageStandardization
 from tests.bits import assert_same_bits
 from tests.images import random_bytes
@@ -164,3 +165,25 @@ def test_opcheck() -> None:
         out = torch.empty(images.shape, dtype=torch.bfloat16)
         torch.library.opcheck(operator, (images, True, 2.0, 0, out))
         torch.library.opcheck(operator, (images.movedim(-3, -1), False, 0.0, 1, out))
+
+
+# --- docs/per_image.md ---
+
+
+def test_the_page_tells_what_was_measured_for_its_picture() -> None:
+    rows = per_image.rows_of_picture()
+    assert per_image.PAGE.read_text() == per_image.page(rows)
+    forged = [{**rows[0], "std": "0.999"}, *rows[1:]]
+    assert per_image.PAGE.read_text() != per_image.page(forged)
+
+
+def test_the_picture_shows_the_photograph() -> None:
+    pytest.importorskip("sklearn", reason="its photographs come with make demo")
+    patches = per_image.patches()
+    assert per_image.rows_of_picture() == per_image.measure(patches)
+    sky, roof = patches["sky"], patches["roof"]
+    assert per_image.standardized(sky, 20.0).abs().max() < 1
+    blown_up = per_image.standardized(sky, "tensorflow")
+    assert blown_up.std(correction=0).item() == pytest.approx(1)
+    with_floor, without = (per_image.standardized(roof, floor) for floor in (20.0, "tensorflow"))
+    assert_same_bits(with_floor, without)

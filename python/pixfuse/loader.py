@@ -33,12 +33,19 @@ _THREAD_NAME = "pixfuse.DeviceLoader"
 class DeviceLoader:
     """Take batches from a loader, move them to a device, and normalize their images there.
 
-    Formula: that of :func:`pixfuse.normalize`, whose bits these are.
+    Formula: that of :func:`pixfuse.normalize`, or with a ``PerImageStandardization`` that of
+    :func:`pixfuse.standardize_per_image`, whose bits these are.
 
     While the consumer works on one batch, the next ``prefetch`` are on their way: a background
     thread per iteration normalizes them into recycled memory (CPU), or copies them through pinned
     memory and normalizes them on a stream of its own (CUDA). Bytes travel as bytes: a quarter of
     what float32 would take.
+
+    On the CPU, bytes from the workers cost a pass over memory more than floats, which
+    ``Collate(normalization)`` writes there in one: prefer those where no core is left for the
+    background thread. Bytes are the better choice where shared memory is short, or where the
+    workers are what everybody waits for and this process has a core to spare. ``prefetch=0`` saves
+    the hand-over to the thread.
 
     The loader itself is only ever called in the consumer's thread, so its random numbers come in
     the same order in every run, generators may be given, and an exception of a batch is raised

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 import numpy as np
 import torch
 
+from pixfuse import _images
 from pixfuse._checks import (
     check_choice,
     check_device,
@@ -19,7 +20,7 @@ from pixfuse._checks import (
     check_out,
     share_memory,
 )
-from pixfuse._image_input import is_pillow, read_image
+from pixfuse._image_input import read_list
 from pixfuse._library import DTYPE_CODES, LAYOUT_CODES, nhwc_shape
 from pixfuse.normalization import Normalization, least_std_of
 
@@ -65,8 +66,11 @@ def channel_histogram(
         return torch.ops.pixfuse.channel_histogram.default(  # type: ignore[no-any-return]
             tensor, layout_code
         )
+    listed = _read_list("channel_histogram", images, input_layout)
+    if not isinstance(listed, list):
+        return torch.from_numpy(listed.channel_histogram(each=False))
     counts: torch.Tensor | None = None
-    for pixels in _read_list("channel_histogram", images, input_layout):
+    for pixels in listed:
         found = torch.ops.pixfuse.channel_histogram.default(pixels, LAYOUT_CODES["NCHW"])
         counts = found if counts is None else counts.add_(found)
     assert counts is not None  # an empty list is an error
@@ -113,9 +117,12 @@ def image_moments(
         return torch.ops.pixfuse.image_moments.default(  # type: ignore[no-any-return]
             tensor, layout_code
         )
+    listed = _read_list("image_moments", images, input_layout)
+    if not isinstance(listed, list):
+        sums, squares = torch.from_numpy(listed.image_moments())
+        return sums, squares
     found = [
-        torch.ops.pixfuse.image_moments.default(pixels, LAYOUT_CODES["NCHW"])
-        for pixels in _read_list("image_moments", images, input_layout)
+        torch.ops.pixfuse.image_moments.default(pixels, LAYOUT_CODES["NCHW"]) for pixels in listed
     ]
     return torch.cat([sums for sums, _ in found]), torch.cat([squares for _, squares in found])
 
@@ -253,8 +260,8 @@ def standardize_per_image(
 
     The floor keeps the noise of a flat image from being blown up: without one, a sky whose pixels
     differ by 1 would get the contrast of a photograph, and a single color would be divided by 0.
-    :class:`pixfuse.PerImageStandardization` asks ``Collate``, ``DeviceLoader`` and ``transforms``
-    for the same.
+    The picture is in ``docs/per_image.md``. :class:`pixfuse.PerImageStandardization` asks
+    ``Collate``, ``DeviceLoader`` and ``transforms`` for the same.
 
     Args:
         images: uint8 tensor (CPU or CUDA) or numpy array, values 0 to 255, of shape (N, C, H, W) or
@@ -329,29 +336,30 @@ def _is_list(images: object) -> bool:
     return isinstance(images, (list, tuple))
 
 
-def _read_list(function: str, images: Any, input_layout: str) -> Iterator[torch.Tensor]:
-    """Each image of a list as (C, H, W), after what has to hold for all of them."""
+def _read_list(
+    function: str, images: Any, input_layout: str
+) -> _images.ImageList | list[torch.Tensor]:
+    """A list of images, after what has to hold for all of them."""
     if input_layout != "NCHW":
         raise ValueError(
             f"{function}: expected no input_layout with a list, got {input_layout!r}; arrays in a "
             "list are (H, W, C) and tensors (C, H, W)"
         )
-    if len(images) == 0:
-        raise ValueError(f"{function}: expected images to have at least 1 image, got none")
-    first: torch.Tensor | None = None
-    for index, image in enumerate(images):
-        pixels = read_image(function, image, index)
-        if first is None:
-            first = pixels
-        if pixels.shape[0] != first.shape[0]:
-            hint = '; convert it, e.g. image.convert("RGB")' if is_pillow(image) else ""
-            raise ValueError(
-                f"{function}: expected images of one channel count, got {first.shape[0]} in "
-                f"images[0] and {pixels.shape[0]} in images[{index}]{hint}"
-            )
-        if pixels.device != first.device:
-            raise ValueError(
-                f"{function}: expected images on one device, got {first.device} for images[0] and "
-                f"{pixels.device} for images[{index}]"
-            )
-        yield pixels
+    return read_list(function, images)
+
+
+def count_each(
+    function: str, images: Images, input_layout: Literal["NCHW", "NHWC"]
+) -> np.ndarray | None:
+    """The histograms of each image of a list, int64 (N, C, 256); None where two operators count."""
+    if not _is_list(images):
+        return None
+    listed = _read_list(function, images, input_layout)
+    return None if isinstance(listed, list) else listed.channel_histogram(each=True)
+
+
+def count_one(image: Any) -> np.ndarray:
+    """The histogram of an image on the CPU, as of a list: int64 (1, C, 256)."""
+    counts = count_each("channel_histogram", [image], "NCHW")
+    assert counts is not None
+    return counts

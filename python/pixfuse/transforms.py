@@ -113,7 +113,7 @@ class ToNormalized(nn.Module):
         else:
             _check_mode(image.mode)
         if isinstance(self.normalization, PerImageStandardization):
-            pixels = read_image("ToNormalized", image, 0)
+            pixels = read_image("ToNormalized", image)
             return convert(pixels, self.normalization, dtype=self.dtype)
         batch: torch.Tensor = crop_mirror_normalize(
             [image], None, self.normalization, dtype=self.dtype
