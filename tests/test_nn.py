@@ -43,6 +43,7 @@ TOLERANCES = {
     "float16": Tolerance(2.0**-10, "one in the last of 11 bits, where sums are near a tie"),
     "network": Tolerance(4e-6, "other orders, layer upon layer"),
     "gradients": Tolerance(2e-4, "other orders, and a mask that differs where an output is near 0"),
+    "tf32": Tolerance(2.0**-8, "on GPUs factors are rounded to 11 bits where torch allows it"),
     "folded": Tolerance(5e-6, "batch norm's constants are rounded into the weights"),
 }
 
@@ -1208,6 +1209,18 @@ def test_models_that_cannot_take_pixels(case: str) -> None:
         fuse(model, normalization=normalization)
     with pytest.raises(ValueError, match=r"^fuse: expected input_layout to be 'NCHW' or 'NHWC'"):
         fuse(model, input_layout=cast(Any, "CHW"))
+
+
+def test_on_a_gpu(cuda: torch.device) -> None:
+    model = initialized(Small(nn.ReLU(), norm=nn.BatchNorm2d(8))).eval()
+    fused, _ = fuse(model)
+    expected = fused(INPUT)
+    layer = cast(ConvBiasReLU2d, fused.to(cuda).get_submodule("first"))
+    certified = pixfuse.certified_dead(layer.weight, layer.bias, -1.0, 1.0)
+    assert certified.device == layer.weight.device
+    assert_close(fused(INPUT.to(cuda)).cpu(), expected, "tf32")
+    assert layer.last_activity is not None
+    assert layer.last_activity.active.device == layer.weight.device
 
 
 # --- several processes ---
