@@ -267,7 +267,7 @@ def draw_loader(results: dict[str, Any], path: Path, source: str) -> None:
         0.02, 1 - 0.34 / top, "A DataLoader: time per image, in µs", fontsize=14, fontweight="bold"
     )
     figure.text(0.02, 1 - 0.62 / top, machine(results), fontsize=9.5, color=FAINT_COLOR)
-    words = {"decode": "decode", "normalize": "normalize, collate", "move": "move and wait"}
+    words = {"decode": "decode", "normalize": "normalize, collate", "move": "move, wait, read"}
     for index, (part, word) in enumerate(words.items()):
         figure.text(0.37 + 0.19 * index, 1 - 0.62 / top, "■", fontsize=11, color=PART_COLORS[part])
         figure.text(0.39 + 0.19 * index, 1 - 0.62 / top, word, fontsize=9.5)

@@ -173,10 +173,9 @@ def draw(axes: Any, one: Run) -> None:
     """Which units fire, step by step, while the first of the networks is trained."""
     one.monitor.heat_map(axes)
     axes.set_yticks(axes.get_yticks(), list(LAYERS.values()), rotation=90, va="center")
-    axes.set_title(
-        f"{one.output}: how often units fire (yellow: always, red: never)",
-        fontsize=10,
-        loc="left",
+    axes.set_title(f"{one.output}: how often units fire", fontsize=10, loc="left")
+    axes.set_xlabel(
+        f"training step, learning rate {one.learning_rate:g} (yellow: always fires, red: never)",
+        fontsize=8.5,
     )
-    axes.set_xlabel(f"training step, learning rate {one.learning_rate:g}", fontsize=8.5)
     axes.tick_params(labelsize=8.5)

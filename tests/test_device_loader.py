@@ -25,6 +25,7 @@ from tests import gpu_model
 from tests.bits import assert_same_bits
 from tests.images import random_bytes
 from tests.normalizations import DTYPES
+from tests.processes import python
 
 THREAD = "pixfuse.DeviceLoader"
 
@@ -1073,3 +1074,12 @@ def test_the_steps_on_fake_tensors(
     assert (x.device, x.dtype) == (torch.device("cuda", 0), torch.bfloat16)
     assert (x.shape, x.stride()) == (expected.shape, expected.stride())
     assert (y.device, y.dtype, y.shape) == (torch.device("cuda", 0), torch.int64, (2,))
+
+
+def test_an_iterator_that_is_open_when_the_interpreter_ends() -> None:
+    result = python("""
+import torch, pixfuse
+batches = iter(pixfuse.DeviceLoader([torch.zeros(2, 3, 4, 5, dtype=torch.uint8)] * 9, "cpu"))
+next(batches)
+""")
+    assert (result.returncode, result.stderr) == (0, "")

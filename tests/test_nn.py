@@ -43,6 +43,7 @@ TOLERANCES = {
     "float16": Tolerance(2.0**-10, "one in the last of 11 bits, where sums are near a tie"),
     "network": Tolerance(4e-6, "other orders, layer upon layer"),
     "gradients": Tolerance(2e-4, "other orders, and a mask that differs where an output is near 0"),
+    "tf32": Tolerance(2.0**-8, "on GPUs factors are rounded to 11 bits where torch allows it"),
     "folded": Tolerance(5e-6, "batch norm's constants are rounded into the weights"),
 }
 
@@ -441,11 +442,25 @@ def test_a_compiled_stem() -> None:
 @pytest.mark.usefixtures("_fresh_compiler")
 @pytest.mark.parametrize("strict", [True, False])
 def test_export(strict: bool) -> None:
+    for module, input in (
+        (ConvBiasReLU2d(3, 8, 3, padding=1, padding_mode="circular"), INPUT),
+        (PixelStem(3, 8, 3, normalization=pixfuse.UNIT), random_bytes(2, 3, 9, 9)),
+    ):
+        module.register_activity_hook(note_to_itself)
+        program = torch.export.export(module, (input,), strict=strict)
+        assert module.last_activity is None
+        assert not hasattr(module, "noted")
+        assert_same_bits(program.module()(input), module(input))
+
+
+def test_checkpointing_runs_a_layer_twice() -> None:
     module = ConvBiasReLU2d(3, 8, 3)
-    input = torch.randn(2, 3, 9, 9)
-    program = torch.export.export(module, (input,), strict=strict)
-    assert module.last_activity is None
-    assert_same_bits(program.module()(input), module(input))
+    told: list[UnitActivity] = []
+    module.register_activity_hook(lambda _, activity: told.append(activity))
+    both = nn.Sequential(module, nn.Conv2d(8, 2, 3))  # it stops where it has what it needs
+    torch.utils.checkpoint.checkpoint(both, INPUT, use_reentrant=False).sum().backward()
+    assert len(told) == 2
+    assert_same_activity(*told)
 
 
 @pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated, and warns of every size
@@ -984,7 +999,7 @@ def test_one_norm_behind_two_convolutions() -> None:
 # --- the comparison itself ---
 
 
-@pytest.mark.parametrize("fault", ["a second user", "epsilon", "no ReLU", "a hook"])
+@pytest.mark.parametrize("fault", ["a second user", "epsilon", "no ReLU", "a hook", "a gradient"])
 def test_the_comparison_notices_a_wrong_swap(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model: nn.Module = initialized(Small(nn.ReLU(), norm=nn.BatchNorm2d(8))).eval()
     if fault == "a second user":
@@ -1000,12 +1015,22 @@ def test_the_comparison_notices_a_wrong_swap(fault: str, monkeypatch: pytest.Mon
     elif fault == "no ReLU":
         model = Small(nn.LeakyReLU(0.5))
         monkeypatch.setattr(_fusion, "_is_relu", lambda node, modules: node.op == "call_module")
+    elif fault == "a gradient":
+        model = Small(nn.ReLU())
+        right = cast(Any, pixfuse.nn).conv_bias_relu
+
+        def wrong(input: torch.Tensor, weight: torch.Tensor, *rest: Any, **options: Any) -> Any:
+            output, activity = right(input, weight, *rest, **options)
+            return output + (weight - weight.detach()).mean(), activity
+
+        monkeypatch.setattr(pixfuse.nn, "conv_bias_relu", wrong)
     else:
         model = with_hook("first").eval()
         cast(Any, model.get_submodule("first")).register_forward_hook(lambda *_: _[2] + 1)
         monkeypatch.setattr(_fusion, "has_hooks", lambda *_: False)
         monkeypatch.setattr(pixfuse.nn, "has_hooks", lambda *_: False)
-    with pytest.raises(AssertionError, match=r"(network|folded): off by"):
+    words = "gradients" if fault == "a gradient" else "(network|folded)"
+    with pytest.raises(AssertionError, match=f"{words}: off by"):
         check_fused(model, INPUT, "network" if fault == "no ReLU" else "folded")
 
 
@@ -1184,6 +1209,18 @@ def test_models_that_cannot_take_pixels(case: str) -> None:
         fuse(model, normalization=normalization)
     with pytest.raises(ValueError, match=r"^fuse: expected input_layout to be 'NCHW' or 'NHWC'"):
         fuse(model, input_layout=cast(Any, "CHW"))
+
+
+def test_on_a_gpu(cuda: torch.device) -> None:
+    model = initialized(Small(nn.ReLU(), norm=nn.BatchNorm2d(8))).eval()
+    fused, _ = fuse(model)
+    expected = fused(INPUT)
+    layer = cast(ConvBiasReLU2d, fused.to(cuda).get_submodule("first"))
+    certified = pixfuse.certified_dead(layer.weight, layer.bias, -1.0, 1.0)
+    assert certified.device == layer.weight.device
+    assert_close(fused(INPUT.to(cuda)).cpu(), expected, "tf32")
+    assert layer.last_activity is not None
+    assert layer.last_activity.active.device == layer.weight.device
 
 
 # --- several processes ---

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
@@ -394,8 +395,10 @@ class _BatchIterator:
             future.add_done_callback(abandon)
         line.close()
 
-    def __del__(self) -> None:
-        self.close()
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        # At the end of the interpreter the thread has ended, and modules are gone in part.
+        if not is_finalizing():
+            self.close()
 
 
 def _failed(error: Exception) -> Future[Any]:

@@ -64,7 +64,7 @@ class ConvBiasReLU2d(nn.Conv2d):
       :meth:`pixfuse.UnitActivity.all_reduce`. ``DataParallel`` runs copies that live for one pass:
       hooks are called by each, from its thread and with the copy; ``last_activity`` of the module
       itself stays as it was.
-    - ``torch.utils.checkpoint`` runs a forward pass twice, and hooks with it.
+    - ``torch.utils.checkpoint`` may run a forward pass twice, and hooks with it.
     - ``torch.nn.utils.fuse_conv_bn_eval`` takes it for a convolution without ReLU: call it on the
       ``nn.Conv2d`` before, and :meth:`from_conv2d` on what it gives.
     - ``torch.func.vmap`` runs it for each, and leaves no activity.
