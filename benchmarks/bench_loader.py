@@ -228,8 +228,8 @@ def row(source: str, pipeline: Pipeline, timing: Timing) -> dict[str, Any]:
     """One line of the JSON.
 
     The parts are those of the wall-clock time per image: work done in W workers at once counts
-    1/W. What is left of it is moving: fetching, passing batches between processes, waiting for them,
-    reading them once.
+    1/W. What is left of it is moving: fetching, passing batches between processes, waiting for
+    them, reading them once.
     """
     low, middle, high = (float(q) * 1e6 for q in np.quantile(timing.epochs, (0.25, 0.5, 0.75)))
     at_once = max(1, pipeline.workers)

@@ -222,7 +222,7 @@ def loader_section(results: dict[str, Any], chart: str) -> list[str]:
         "",
         f"{results['images']} images in batches of {results['batch']} ({machine(results)}):",
         "",
-        "| | workers | images/s | decode | normalize | move and wait |",
+        "| | workers | images/s | decode | normalize | move, wait, read |",
         "|---|--:|--:|--:|--:|--:|",
     ]
     for source, title in results["sources"].items():
