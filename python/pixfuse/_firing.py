@@ -151,7 +151,6 @@ def count_firing(
     def nan_as(values: torch.Tensor, nan: float) -> torch.Tensor:
         return torch.nan_to_num(values, nan, float("inf"), float("-inf"))
 
-    sums = None
     if firing.rule == "between":
         inside = (output > firing.low) & (output < firing.high)
         marks = torch.where(output.isnan(), -1.0, inside.to(narrow))
@@ -159,14 +158,15 @@ def count_firing(
         marks = nan_as(output, -1.0)
     else:
         marks = nan_as((output if input is None else input).relu(), -1.0)
-    if firing.rule in ("relu", "before"):
-        sums = per_image(marks)  # less 1 for each NaN
+    is_relu = firing.rule in ("relu", "before")
+    sums = per_image(marks if is_relu else nan_as(output, 0.0).abs_())
     active_less_nan = per_image(marks.sign_())
     active = per_image(marks.relu_())
-    nan = active - active_less_nan
-    sums = per_image(nan_as(output, 0.0).abs_()) if sums is None else sums + nan
-    rows = (active, active.sign(), nan, sums)
-    return torch.stack([row.sum(0, dtype=of_batch) for row in rows]).double(), positions, images
+    rows = torch.stack([active, active.sign(), active - active_less_nan, sums])
+    counts = rows.sum(1, dtype=of_batch).double()
+    if is_relu:
+        counts[OUTPUT_SUM] += counts[NAN]  # each of which was summed up as -1
+    return counts, positions, images
 
 
 def count_moments(values: torch.Tensor, dim: int) -> torch.Tensor:
