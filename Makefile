@@ -6,6 +6,7 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 NVCC ?= nvcc
+CUDA_ARCHITECTURES ?=
 # Every test, on all cores. What says which tests to run replaces it: then one process runs them.
 PYTEST_ARGS ?= --numprocesses auto --maxprocesses 8 --dist loadgroup
 
@@ -62,6 +63,7 @@ cuda: $(STAMPS)/build  ## Compile the CUDA library for all architectures (needs 
 	  echo "make cuda needs nvcc (the CUDA toolkit, 13.0 or later) on the PATH" >&2; exit 1; }
 	$(BIN)/cmake -S . -B build/cuda -G Ninja -DPIXFUSE_CUDA=ON \
 	  -DCMAKE_CUDA_COMPILER="$$(command -v $(NVCC))" \
+	  $(if $(CUDA_ARCHITECTURES),-D'CMAKE_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES)',-UCMAKE_CUDA_ARCHITECTURES) \
 	  -DPython_EXECUTABLE="$(abspath $(BIN)/python)" \
 	  -DCMAKE_MAKE_PROGRAM="$(abspath $(BIN)/ninja)"
 	$(BIN)/cmake --build build/cuda --target pixfuse_cuda

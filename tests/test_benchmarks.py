@@ -1,15 +1,18 @@
 """The benchmarks can be believed: nothing unequal is timed, no number in the README is typed."""
 
 import dataclasses
+import time
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
+from matplotlib.figure import Figure
+from rich.console import Console
 
 import pixfuse
-from benchmarks import bench_pixels, harness, plot, report
+from benchmarks import bench_pixels, harness, plot, report, units
 from benchmarks.harness import Checked, Contestant, Tolerance, UnequalError
 
 EXPECTED = torch.linspace(-1, 1, 24).view(2, 3, 2, 2)
@@ -167,3 +170,53 @@ def test_files_that_were_counted_wrong_are_not_timed(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(bench_pixels, "expected_counts", one_more)
     assert "rows" not in bench_pixels.run_stats(run, quick=True)
     assert run.problems == ["pixfuse stats, 0 workers: counts differ from numpy's"]
+
+
+def test_the_dead_units_of_the_demo_are_dead() -> None:
+    random = np.random.default_rng(0)
+    photos = [random.integers(256, size=(90, 80, 3), dtype=np.uint8) for _ in range(2)]
+    crops = units.take_crops(photos)
+    assert sorted(set(crops.labels.tolist())) == list(range(8))
+    one = units.run_one("[0, 1]", pixfuse.UNIT, crops, 1.0, seeds=(0, 1), steps=8)
+
+    dead = dict.fromkeys(units.LAYERS, 0)
+    for seed in (0, 1):
+        model = units.network(pixfuse.UNIT, crops.classes, seed)
+        assert len(list(units.train(model, crops, 1.0, 8))) == 8
+        values = crops.pixels
+        for name, module in model.named_children():
+            values = module(values)
+            if name in dead:
+                dead[name] += int((values.amax((0, 2, 3)) <= 0).sum())
+    assert sum(dead.values()) > 0
+    assert {layer: one.dead(layer) for layer in units.LAYERS} == dead
+    assert one.monitor.steps == 8
+
+    console = Console(record=True, width=120)
+    units.print_table(console, [one], 0.05)
+    text = console.export_text()
+    row = [
+        cell.strip() for line in text.splitlines() if "[0, 1] " in line for cell in line.split("│")
+    ]
+    assert row[1:6] == ["[0, 1]", "1", *(str(count) for count in dead.values())]
+    assert "5.0% longer" in text
+    axes = Figure().subplots()
+    units.draw(axes, one)
+    assert [label.get_text() for label in axes.get_yticklabels()] == list(units.LAYERS.values())
+
+
+def test_the_cost_of_a_monitor_counts_all_that_it_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Here it is made to take as long as many steps."""
+    step = pixfuse.DeadUnitMonitor.step
+
+    def slow_step(monitor: pixfuse.DeadUnitMonitor) -> None:
+        end = time.process_time() + 0.3
+        while time.process_time() < end:
+            pass
+        step(monitor)
+
+    monkeypatch.setattr(pixfuse.DeadUnitMonitor, "step", slow_step)
+    photos = [np.zeros((64, 64, 3), np.uint8)]
+    assert units.cost_of_monitor(photos, steps=3) > 1

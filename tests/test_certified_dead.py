@@ -62,7 +62,8 @@ class Layer:
 
     def witness(self, output: int) -> torch.Tensor:
         """(C, kH, kW), of the dtype of the weights: the input of largest sum, without padding."""
-        corner = torch.zeros(len(self.low), *self.weight.shape[2:])
+        every = torch.tensor(self.low).view(-1, 1, 1)
+        corner = every.expand(-1, *self.weight.shape[2:]).clone()
         mine = self.channels_of(output)
         low, high = (torch.tensor(side[mine]).view(-1, 1, 1) for side in (self.low, self.high))
         corner[mine] = torch.where(self.weight[output] > 0, high, low)

@@ -25,8 +25,7 @@ from tests import gpu_model
 from tests.bits import assert_same_bits
 from tests.images import random_bytes
 from tests.normalizations import DTYPES
-from tests.photos import Photos
-from tests.processes import shared_mappings
+from tests.processes import python
 
 THREAD = "pixfuse.DeviceLoader"
 
@@ -263,65 +262,6 @@ def test_the_loader_is_called_in_the_consumers_thread() -> None:
 
     assert len(list(pixfuse.DeviceLoader(batches(), "cpu"))) == 5
     assert seen == {threading.get_ident()}
-
-
-# --- memory of workers ---
-
-
-def packed_photos(count: int, persistent: bool = False) -> Any:
-    packing = pixfuse.Collate(size=100, crop="center", dtype=torch.uint8)
-    return DataLoader(
-        Photos(count),
-        batch_size=4,
-        collate_fn=packing,
-        num_workers=2,
-        persistent_workers=persistent,
-    )
-
-
-@pytest.mark.parametrize("prefetch", [0, 2])
-@pytest.mark.parametrize("persistent", [False, True])
-def test_batches_of_workers_stay_mapped(prefetch: int, persistent: bool) -> None:
-    gc.collect()
-    assert shared_mappings() == 0
-    inner = packed_photos(80, persistent)
-    loader = pixfuse.DeviceLoader(inner, "cpu", pixfuse.IMAGENET, prefetch=prefetch)
-    plain = pixfuse.Collate(pixfuse.IMAGENET, size=100, crop="center")
-    for _ in range(2):
-        for number, batch in enumerate(loader):
-            samples = [Photos()[index] for index in range(4 * number, 4 * number + 4)]
-            assert_same_bits(batch["image"], plain(samples)["image"])
-            assert 1 <= len(loader._mappings) <= shared_mappings() <= 16
-        assert number == 19
-        gc.collect()
-        # Between iterations as long as the workers, which have that memory themselves.
-        assert (len(loader._mappings) > 0) == persistent
-    del loader, inner, batch
-    gc.collect()
-    assert shared_mappings() == 0
-
-
-@pytest.mark.parametrize("how", ["break", "close"])
-def test_leaving_early_keeps_nothing_mapped(how: str) -> None:
-    iterator = iter(pixfuse.DeviceLoader(packed_photos(80), "cpu"))
-    for _ in range(3):
-        next(iterator)
-    assert shared_mappings() > 0
-    if how == "close":
-        iterator.close()  # type: ignore[attr-defined]
-    del iterator
-    gc.collect()
-    assert shared_mappings() == 0
-
-
-def test_what_is_kept_mapped_is_not_pickled() -> None:
-    loader = pixfuse.DeviceLoader(packed_photos(8), "cpu")
-    iterator = iter(loader)
-    next(iterator)
-    assert len(loader._mappings) > 0
-    again = pickle.loads(pickle.dumps(loader))
-    assert len(again._mappings) == 0
-    assert len(list(again)) == 2
 
 
 # --- ahead, and how far ---
@@ -917,7 +857,7 @@ class ModelLoader(pixfuse.DeviceLoader):
 
     def __iter__(self) -> Iterator[Any]:
         line = self.line(self, self.gpu)
-        return loader_module._BatchIterator(iter(self.loader), line, self.prefetch, self._mappings)
+        return loader_module._BatchIterator(iter(self.loader), line, self.prefetch)
 
 
 def consume(gpu: gpu_model.Gpu, loader: Any, stop: int) -> list[Any]:
@@ -1134,3 +1074,12 @@ def test_the_steps_on_fake_tensors(
     assert (x.device, x.dtype) == (torch.device("cuda", 0), torch.bfloat16)
     assert (x.shape, x.stride()) == (expected.shape, expected.stride())
     assert (y.device, y.dtype, y.shape) == (torch.device("cuda", 0), torch.int64, (2,))
+
+
+def test_an_iterator_that_is_open_when_the_interpreter_ends() -> None:
+    result = python("""
+import torch, pixfuse
+batches = iter(pixfuse.DeviceLoader([torch.zeros(2, 3, 4, 5, dtype=torch.uint8)] * 9, "cpu"))
+next(batches)
+""")
+    assert (result.returncode, result.stderr) == (0, "")

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.xdist_group("recipes")
 
 PAGE = Path(__file__).parent.parent / "docs" / "recipes.md"
 README = PAGE.parent.parent / "README.md"
+DEAD_UNITS = PAGE.with_name("dead_units.md")
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NEIGHBOURS = (
     "accelerate",
@@ -178,6 +179,19 @@ def test_the_readme_on_models(capsys: pytest.CaptureFixture[str]) -> None:
         for n in (pixfuse.SIGNED, pixfuse.UNIT)
     ]
     assert dead[0] < dead[1]
+
+
+@pytest.mark.usefixtures("in_folder")
+def test_the_page_on_dead_units(capsys: pytest.CaptureFixture[str]) -> None:
+    """One program, whose sections go on from each other."""
+    names: dict[str, Any] = {"__name__": "dead_units"}
+    page = sections(DEAD_UNITS.read_text())
+    for heading in (name for name in page if page[name]):
+        for block in page[heading]:
+            assert re.search(r"^ *assert ", block, re.MULTILINE), heading
+            exec(compile(block, str(DEAD_UNITS), "exec"), names)
+    assert sum(len(blocks) for blocks in page.values()) == DEAD_UNITS.read_text().count("```") / 2
+    assert "over the last 20 of 30 steps" in capsys.readouterr().out
 
 
 def test_every_recipe_asserts_something() -> None:

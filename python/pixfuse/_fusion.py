@@ -91,6 +91,9 @@ _HOOKS: Final = (
 )
 
 
+_NOT_LAYERS: Final = ("torch.nn.modules.module", "torch.nn.modules.container")
+
+
 def has_hooks(module: nn.Module, kinds: tuple[str, ...] = _HOOKS) -> bool:
     return any(getattr(module, kind) for kind in kinds)
 
@@ -135,9 +138,10 @@ class Tracer(fx.Tracer):
             return "has hooks"
         if super().is_leaf_module(m, name):
             return "is a module of torch"
-        if isinstance(m, nn.Conv2d):
-            return "is a Conv2d of another class"
-        return None
+        # Its forward may be another one, and is of no use in pieces.
+        kinds = (base for base in type(m).__mro__ if base.__module__.startswith("torch.nn.modules"))
+        base = next((k for k in kinds if k.__module__ not in _NOT_LAYERS), None)
+        return None if base is None else f"is a kind of {base.__name__}"
 
     def call_module(
         self,
@@ -153,6 +157,7 @@ class Tracer(fx.Tracer):
 
 
 def trace(root: nn.Module, tracer: Tracer, concrete_args: Mapping[str, Any] | None) -> fx.Graph:
+    """The steps of a model, without those that do nothing."""
     names = {name for name, _ in root.named_modules()}
     unknown = sorted(tracer.leaf_names - names)
     if unknown:
@@ -161,7 +166,7 @@ def trace(root: nn.Module, tracer: Tracer, concrete_args: Mapping[str, Any] | No
             f"{unknown[0]!r}"
         )
     try:
-        return tracer.trace(root, None if concrete_args is None else dict(concrete_args))
+        graph = tracer.trace(root, None if concrete_args is None else dict(concrete_args))
     except Exception as error:
         name, kind = tracer.inside[-1] if tracer.inside else ("", type(root).__name__)
         where = f"module '{name}' of class {kind}" if name else f"its own forward ({kind})"
@@ -171,6 +176,14 @@ def trace(root: nn.Module, tracer: Tracer, concrete_args: Mapping[str, Any] | No
             "give what Python decides upon as concrete_args, or fuse the parts that can be traced "
             "one by one, such as model.features, report = fuse(model.features)"
         ) from error
+    modules = dict(root.named_modules())
+    for node in graph.nodes:
+        if node.op == "call_module" and len(node.args) == 1:
+            module = modules[node.target]
+            if type(module) is nn.Identity and not has_hooks(module):
+                node.replace_all_uses_with(node.args[0])
+                graph.erase_node(node)
+    return graph
 
 
 # ---- finding -------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 Fresh shared memory costs several times what writing a batch takes. So a worker keeps a few blocks.
 A block is free when nothing in the worker looks at it, and when the process that it was last sent
 to has dropped all that looked at it there: then that process writes the number of the sending into
-the last bytes of the block.
+the last bytes of the block. That process keeps it mapped, too, as long as there is the worker.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import os
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from multiprocessing import process
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
@@ -164,6 +164,7 @@ def _reduce(tensor: SharedTensor) -> Any:
         block.storage,
         block.nbytes,
         block.sent,
+        os.getpid(),
         tuple(tensor.shape),
         tensor.stride(),
         tensor.dtype,
@@ -173,67 +174,44 @@ def _reduce(tensor: SharedTensor) -> Any:
 ForkingPickler.register(SharedTensor, _reduce)
 
 
-class Mappings:
-    """Blocks that a process receives again and again, mapped once as long as this object lives.
-
-    A mapping is made with the first batch in a block and goes with it; for the next one all pages
-    have to be found again, which can take as long as normalizing what is on them. Torch finds a
-    storage that is still there by its file.
-    """
-
-    #: Some may be blocks that their worker has given up: the longest unused ones go first.
-    MOST = 64
-
-    def __init__(self) -> None:
-        self._storages: OrderedDict[int, torch.UntypedStorage] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        return len(self._storages)
-
-    def __reduce__(self) -> Any:
-        return Mappings, ()  # copies, in this process or another, begin anew
-
-    @contextmanager
-    def kept(self) -> Iterator[None]:
-        """Keep what this thread receives meanwhile."""
-        outer = getattr(_receiving, "mappings", None)
-        _receiving.mappings = self
-        try:
-            yield
-        finally:
-            _receiving.mappings = outer
-
-    def add(self, storage: torch.UntypedStorage) -> None:
-        address = storage.data_ptr()
-        with self._lock:
-            self._storages[address] = storage
-            self._storages.move_to_end(address)
-            if len(self._storages) > self.MOST:
-                self._storages.popitem(last=False)
-
-    def clear(self) -> None:
-        with self._lock:
-            self._storages.clear()
-
-
-_receiving = threading.local()
-
-
 def _rebuild(
     storage: torch.UntypedStorage,
     nbytes: int,
     number: int,
+    worker: int,
     shape: tuple[int, ...],
     strides: tuple[int, ...],
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """In the process that receives it: an ordinary tensor."""
-    mappings = getattr(_receiving, "mappings", None)
-    if mappings is not None:
-        mappings.add(storage)
+    _keep_mapped(storage, worker)
     give_back = (_trailer(storage, nbytes), number, os.getpid())
     return _tensor(storage, nbytes, shape, strides, dtype, _give_back, *give_back)
+
+
+#: Of each worker of this process: its blocks as they are mapped here, the latest last.
+_mapped: weakref.WeakKeyDictionary[process.BaseProcess, OrderedDict[int, torch.UntypedStorage]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _keep_mapped(storage: torch.UntypedStorage, pid: int) -> None:
+    """Keep a block mapped that will be received again; torch finds it there by its file.
+
+    A mapping of its own for each batch would go with the batch, and the next one would find its
+    pages one page fault after the other: that can take as long as reading what is on them. The
+    memory is the worker's until it ends, and by then its process object is gone.
+    """
+    children = tuple(getattr(process, "_children", ()))  # active_children() would wait for the dead
+    worker = next((child for child in children if child.pid == pid), None)
+    if worker is None:  # of somebody else
+        return
+    with _fence:  # a thread may pin memory
+        blocks = _mapped.setdefault(worker, OrderedDict())
+        blocks[storage.data_ptr()] = storage
+        blocks.move_to_end(storage.data_ptr())
+        if len(blocks) > _MOST_BLOCKS:  # the worker has given up the one that came last long ago
+            blocks.popitem(last=False)
 
 
 def _give_back(trailer: np.ndarray, number: int, receiver: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
@@ -25,7 +26,6 @@ from pixfuse._library import (
     resolve_channels_last,
     view_as_nchw,
 )
-from pixfuse._shared_memory import Mappings
 from pixfuse.normalization import UNIT, Normalization, PerImageStandardization
 
 _THREAD_NAME = "pixfuse.DeviceLoader"
@@ -34,20 +34,19 @@ _THREAD_NAME = "pixfuse.DeviceLoader"
 class DeviceLoader:
     """Take batches from a loader, move them to a device, and normalize their images there.
 
-    Formula: that of :func:`pixfuse.normalize`, whose bits these are.
+    Formula: that of :func:`pixfuse.normalize`, or with a ``PerImageStandardization`` that of
+    :func:`pixfuse.standardize_per_image`, whose bits these are.
 
     While the consumer works on one batch, the next ``prefetch`` are on their way: a background
     thread per iteration normalizes them into recycled memory (CPU), or copies them through pinned
     memory and normalizes them on a stream of its own (CUDA). Bytes travel as bytes: a quarter of
     what float32 would take.
 
-    On the CPU, this pays where the process that trains has a core to spare, or where shared memory
-    is short. Packing bytes in the workers and normalizing them here is a pass over memory more than
-    ``Collate(normalization)`` in the workers, which leaves nothing to do here: prefer that when all
-    cores are busy with workers. ``prefetch=0`` then saves the hand-over between threads. Batches
-    that ``Collate`` packs in workers keep their place in this process's memory from one to the
-    next, until the iteration ends, or with ``persistent_workers`` as long as this object: what is
-    mapped anew costs its page faults again.
+    On the CPU, bytes from the workers cost a pass over memory more than floats, which
+    ``Collate(normalization)`` writes there in one: prefer those where no core is left for the
+    background thread. Bytes are the better choice where shared memory is short, or where the
+    workers are what everybody waits for and this process has a core to spare. ``prefetch=0`` saves
+    the hand-over to the thread.
 
     The loader itself is only ever called in the consumer's thread, so its random numbers come in
     the same order in every run, generators may be given, and an exception of a batch is raised
@@ -138,8 +137,6 @@ class DeviceLoader:
         self.memory_format = memory_format
         self.prefetch = prefetch
         self.transfer = transfer
-        # Between iterations only as long as the workers, and so the memory, stay.
-        self._mappings = Mappings()
         # No image at all is enough for normalize to check what was given.
         channels = len(getattr(normalization, "mean", (0,)))
         shape = (0, channels, 1, 1) if input_layout != "NHWC" else (0, 1, 1, channels)
@@ -156,10 +153,7 @@ class DeviceLoader:
     def __iter__(self) -> Iterator[Any]:
         """Start over, on an iterator of the loader."""
         line = _CudaLine(self) if self.device.type == "cuda" else _CpuLine(self)
-        persistent = getattr(self.loader, "persistent_workers", False) is True
-        return _BatchIterator(
-            iter(self.loader), line, self.prefetch, self._mappings, keep_mappings=persistent
-        )
+        return _BatchIterator(iter(self.loader), line, self.prefetch)
 
     def __len__(self) -> int:
         """The number of batches, if the loader has one."""
@@ -323,21 +317,12 @@ def _is_dense(value: torch.Tensor) -> bool:
 class _BatchIterator:
     """The queue between a loader and its consumer: up to ``prefetch`` batches beyond the next."""
 
-    def __init__(
-        self,
-        batches: Iterator[Any],
-        line: _CpuLine | _CudaLine,
-        prefetch: int,
-        mappings: Mappings,
-        keep_mappings: bool = False,
-    ) -> None:
+    def __init__(self, batches: Iterator[Any], line: _CpuLine | _CudaLine, prefetch: int) -> None:
         self._batches: Iterator[Any] | None = batches
         self._line = line
         self._prefetch = prefetch
         self._pending: deque[Future[Any]] = deque()
         self._failing = False
-        self._mappings = mappings
-        self._keep_mappings = keep_mappings
         self._thread: ThreadPoolExecutor | None = None
         self._thread_ids: list[int] = []
         if prefetch > 0:
@@ -371,8 +356,7 @@ class _BatchIterator:
 
     def _pull(self, batches: Iterator[Any]) -> None:
         try:
-            with self._mappings.kept():
-                batch = next(batches)
+            batch = next(batches)
         except StopIteration:
             self._batches = None
         except Exception as error:  # raised where its batch would have come
@@ -395,8 +379,6 @@ class _BatchIterator:
     def close(self) -> None:
         """End the thread and let go of the loader's iterator; ask for nothing after it."""
         self._batches = None
-        if not self._keep_mappings:
-            self._mappings.clear()
         thread, self._thread = self._thread, None
         if thread is not None:
             # A garbage collection may run this in the very thread that would be waited for.
@@ -413,8 +395,10 @@ class _BatchIterator:
             future.add_done_callback(abandon)
         line.close()
 
-    def __del__(self) -> None:
-        self.close()
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        # At the end of the interpreter the thread has ended, and modules are gone in part.
+        if not is_finalizing():
+            self.close()
 
 
 def _failed(error: Exception) -> Future[Any]:

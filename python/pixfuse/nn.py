@@ -64,7 +64,10 @@ class ConvBiasReLU2d(nn.Conv2d):
       :meth:`pixfuse.UnitActivity.all_reduce`. ``DataParallel`` runs copies that live for one pass:
       hooks are called by each, from its thread and with the copy; ``last_activity`` of the module
       itself stays as it was.
-    - ``torch.utils.checkpoint`` runs a forward pass twice, and hooks with it.
+    - ``torch.utils.checkpoint`` may run a forward pass twice, and hooks with it.
+    - ``torch.nn.utils.fuse_conv_bn_eval`` takes it for a convolution without ReLU: call it on the
+      ``nn.Conv2d`` before, and :meth:`from_conv2d` on what it gives.
+    - ``torch.func.vmap`` runs it for each, and leaves no activity.
 
     Args:
         in_channels: channels of the input.
@@ -466,8 +469,8 @@ def fuse(
         normalization: with one, the fused model takes uint8 images: the convolution that takes the
             model's first input becomes a :class:`PixelStem`.
         input_layout: of those images, ``"NCHW"`` or ``"NHWC"``.
-        leaf_modules: classes, or names in the model, of modules that are kept whole, besides those
-            of torch.nn.
+        leaf_modules: classes, or names in the model, of modules that are kept whole, besides the
+            layers of torch.nn, classes derived from them, and modules with hooks.
         concrete_args: values of arguments of ``forward`` that Python decides upon, such as
             ``{"mask": None}``; they are fixed in the fused model.
 

@@ -31,14 +31,15 @@ class Flavor:
     runtime: tuple[str, ...] = ()
 
 
-VALUES = Flavor("values", ("-O2",))
+# Less optimization of the kernels than elsewhere: they are compiled with one mistake after another.
+VALUES = Flavor("values", ("-O2",), kernel_flags=("-O1",))
 UCONTEXT = Flavor("ucontext", ("-O1", "-DCUDA_ON_CPU_UCONTEXT"))
 LIBRARY = Flavor("library", ("-O2", "-fPIC"), link_flags=("-shared",))
 # In these two the kernels alone are checked: it is they that are on trial, and the rest is fast.
 SANITIZED = Flavor(
     "sanitized",
     ("-O2", "-DCUDA_ON_CPU_ADDRESS_SANITIZER"),
-    kernel_flags=("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+    kernel_flags=("-Og", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
     link_flags=("-fsanitize=address,undefined",),
 )
 # The race checker stands in for libtsan, so the linker is not told of it. Addresses that do not
