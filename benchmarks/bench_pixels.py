@@ -42,9 +42,9 @@ SIDES = (32, 224, 1024)
 GRID_PIXELS = 1 << 20  # of a batch of the grid, about
 JPEG_SIDE = 256
 WORKERS = (1, 2)
-PLAN = Plan(rounds=15, sample_seconds=10e-3, budget_seconds=9.0)
+PLAN = Plan(rounds=15, sample_seconds=10e-3, budget_seconds=5.0, least_rounds=7)
 QUICK_PLAN = Plan(rounds=3, sample_seconds=2e-3, budget_seconds=1.0)
-GRID_PLAN = Plan(rounds=5, sample_seconds=3e-3, budget_seconds=0.8)
+GRID_PLAN = Plan(rounds=5, sample_seconds=3e-3, budget_seconds=0.4)
 
 OURS_OUT = f"{OURS}, out="
 OURS_BFLOAT16 = f"{OURS}, bfloat16, out="

@@ -2,7 +2,8 @@
 //
 // A thread makes 16 neighbouring bytes of the output and stores them at once; the first and last
 // ones of a run that starts or ends off a 16-byte boundary, one by one. A `run` is what lies side
-// by side in the output: a row of one channel, or a row of whole pixels.
+// by side in the output: a row of one channel, or a row of whole pixels. Values that lie in the
+// same order are loaded 16 bytes at a time, too.
 #include <string.h>
 
 #include "common/cuda_launch.h"
@@ -27,8 +28,9 @@ struct Parameters {
   int64_t run_elements;
   int64_t* tallies;  // or null
   int channels;
-  bool planar;  // a run has one channel
-  bool gaps;    // the pixels of a run have more channels than those of the launch
+  bool planar;    // a run has one channel
+  bool gaps;      // the pixels of a run have more channels than those of the launch
+  bool in_order;  // the values of a run lie side by side, as its bytes do
   ChannelScale scales[kMaxChannels];
 };
 
@@ -66,13 +68,24 @@ __global__ void __launch_bounds__(kThreads) denormalize_kernel(const Parameters 
     int64_t pixel = p.planar ? begin : begin / p.channels;
     int channel = p.planar ? run_channel : static_cast<int>(begin % p.channels);
     uint8_t bytes[kChunk];
+    constexpr int kLoads = kChunk * sizeof(T) / sizeof(uint4);
+    uint4 loaded[kLoads] = {};
+    const bool aligned = reinterpret_cast<uintptr_t>(source + begin) % sizeof(uint4) == 0;
+    const bool together = whole && p.in_order && aligned;
+    if (together) {
+      const auto* from = reinterpret_cast<const uint4*>(source + begin);
+#pragma unroll
+      for (int k = 0; k < kLoads; ++k) loaded[k] = __ldg(from + k);
+    }
+    T values[kChunk];
+    memcpy(values, loaded, sizeof values);
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
       const int64_t element = first + i;
       if (element < begin || element >= end) continue;
       const int64_t offset =
           pixel * p.value_strides[3] + (p.planar ? 0 : channel * p.value_strides[1]);
-      const float x = widen(__ldg(source + offset));
+      const float x = widen(together ? values[i] : __ldg(source + offset));
       const float y = __fadd_rn(__fmul_rn(x, scales[channel].scale), scales[channel].offset);
       const float above = y > 0.0f ? y : 0.0f;  // NaN too
       const float inside = above < 255.0f ? above : 255.0f;
@@ -128,6 +141,8 @@ cudaError_t launch_channels(const DenormalizeArgs& args, int64_t first, int64_t 
   p.channels = static_cast<int>(count);
   p.planar = args.output_strides[3] == 1;
   p.gaps = !p.planar && args.output_strides[3] != count;
+  p.in_order = p.planar ? args.value_strides[3] == 1
+                        : args.value_strides[1] == 1 && args.value_strides[3] == count;
   p.tallies = args.tallies;
   for (int64_t c = 0; c < count; ++c) p.scales[c] = args.channels[first + c];
   const int64_t rows = args.sizes[0] * args.sizes[2];
