@@ -6,7 +6,9 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 NVCC ?= nvcc
-PYTEST_ARGS ?=
+CUDA_ARCHITECTURES ?=
+# Every test, on all cores. What says which tests to run replaces it: then one process runs them.
+PYTEST_ARGS ?= --numprocesses auto --maxprocesses 8 --dist loadgroup
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -31,8 +33,8 @@ demo: build $(STAMPS)/demo  ## Run the main job on photographs, check and time i
 	$(BIN)/python -m benchmarks.demo
 
 .PHONY: test
-test: build $(STAMPS)/test $(STAMPS)/neighbours  ## Run every test (PYTEST_ARGS="-k name" for some)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+test: build $(STAMPS)/test $(STAMPS)/neighbours  ## Run every test on all cores (PYTEST_ARGS="-k name" for some)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 .PHONY: build
 build: $(STAMPS)/pixfuse  ## Set up .venv, compile and install the package there
@@ -61,6 +63,7 @@ cuda: $(STAMPS)/build  ## Compile the CUDA library for all architectures (needs 
 	  echo "make cuda needs nvcc (the CUDA toolkit, 13.0 or later) on the PATH" >&2; exit 1; }
 	$(BIN)/cmake -S . -B build/cuda -G Ninja -DPIXFUSE_CUDA=ON \
 	  -DCMAKE_CUDA_COMPILER="$$(command -v $(NVCC))" \
+	  $(if $(CUDA_ARCHITECTURES),-D'CMAKE_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES)',-UCMAKE_CUDA_ARCHITECTURES) \
 	  -DPython_EXECUTABLE="$(abspath $(BIN)/python)" \
 	  -DCMAKE_MAKE_PROGRAM="$(abspath $(BIN)/ninja)"
 	$(BIN)/cmake --build build/cuda --target pixfuse_cuda

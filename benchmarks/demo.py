@@ -3,7 +3,8 @@
     python -m benchmarks.demo [--output demo.png]
 
 64 crops of scikit-learn's two photographs, as NHWC bytes, become [0, 1], [-1, 1] and standardized
-tensors in float32 and bfloat16. Then a DataLoader reads a folder of JPEG files cut from them.
+tensors in float32 and bfloat16. Then a DataLoader reads a folder of JPEG files cut from them, and a
+small network is trained on each kind of tensor, to see which of its units die.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from rich.table import Table
 
 import pixfuse
-from benchmarks import bench_loader, harness, peers, report
+from benchmarks import bench_loader, harness, peers, report, units
 from benchmarks.harness import Checked, Plan, Timing, UnequalError
 from benchmarks.peers import Batch, Case, Peer
 from benchmarks.photos import Crop, photographs, random_crops, write_jpegs
@@ -166,25 +167,29 @@ def draw(
     crops: Sequence[Crop],
     tensors: dict[str, torch.Tensor],
     results: Sequence[Result],
+    trained: Sequence[units.Run],
 ) -> None:
-    """The photographs with their crops and the times; below, the values of the three outputs."""
+    """The photographs and the times; below, the values of the three outputs and what they train."""
     import matplotlib as mpl
 
     mpl.use("agg")
     from matplotlib import pyplot as plt
 
     plt.rcParams.update({"font.family": "DejaVu Sans", "text.color": TEXT_COLOR, "font.size": 9})
-    figure, axes = plt.subplots(2, 3, figsize=(13.0, 7.4), dpi=130)
+    figure, axes = plt.subplots(3, 3, figsize=(13.0, 10.8), dpi=130)
     figure.subplots_adjust(
-        left=0.025, right=0.985, top=0.825, bottom=0.075, hspace=0.28, wspace=0.07
+        left=0.025, right=0.985, top=0.88, bottom=0.051, hspace=0.28, wspace=0.07
     )
-    figure.text(0.025, 0.938, "pixfuse: bytes to tensors", fontsize=17, fontweight="bold")
-    figure.text(0.025, 0.9, where_it_ran(), fontsize=10, color=FAINT_COLOR)
+    figure.text(0.025, 0.958, "pixfuse: bytes to tensors", fontsize=17, fontweight="bold")
+    figure.text(0.025, 0.931, where_it_ran(), fontsize=10, color=FAINT_COLOR)
     for index, photo in enumerate(photos):
         _draw_photo(axes[0, index], photo, [crop for crop in crops if crop.photo == index])
     _draw_times(axes[0, 2], results)
     for place, (output, tensor) in zip(axes[1], tensors.items(), strict=True):
         _draw_values(place, output, tensor)
+    # The last ones: those with the high learning rate.
+    for place, one in zip(axes[2], trained[-len(tensors) :], strict=True):
+        units.draw(place, one)
     figure.savefig(path, metadata={"Software": None})
     plt.close(figure)
 
@@ -306,9 +311,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     for reason in filter(None, (peer.unavailable() for peer in everybody)):
         console.print(f"Cannot run here: {reason}", markup=False, highlight=False)
-    draw(options.output, photos, crops, tensors, results)
     unequal = [message for result in results for message in result.unequal]
     unequal += run_loader()
+    trained = units.run(photos, OUTPUTS)
+    units.print_table(console, trained, units.cost_of_monitor(photos))
+    draw(options.output, photos, crops, tensors, results, trained)
     console.print(f"wrote {options.output} ({time.perf_counter() - started:.0f} s)")
     for message in unequal:
         console.print(message, style="red", markup=False)

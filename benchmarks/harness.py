@@ -31,8 +31,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
-# Integer types for comparing floats bit for bit: -0.0 is not 0.0, and a NaN equals itself.
-_BITS = {4: torch.int32, 2: torch.int16, 1: torch.uint8}
+# Integer types for comparing bit for bit: -0.0 is not 0.0, and a NaN equals itself.
+_BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 # Results are compared piece by piece, so that the comparison needs little memory.
 _COMPARED_ELEMENTS = 1 << 22
 

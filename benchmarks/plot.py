@@ -222,7 +222,7 @@ def loader_section(results: dict[str, Any], chart: str) -> list[str]:
         "",
         f"{results['images']} images in batches of {results['batch']} ({machine(results)}):",
         "",
-        "| | workers | images/s | decode | normalize | move and wait |",
+        "| | workers | images/s | decode | normalize | move, wait, read |",
         "|---|--:|--:|--:|--:|--:|",
     ]
     for source, title in results["sources"].items():
@@ -267,7 +267,7 @@ def draw_loader(results: dict[str, Any], path: Path, source: str) -> None:
         0.02, 1 - 0.34 / top, "A DataLoader: time per image, in µs", fontsize=14, fontweight="bold"
     )
     figure.text(0.02, 1 - 0.62 / top, machine(results), fontsize=9.5, color=FAINT_COLOR)
-    words = {"decode": "decode", "normalize": "normalize, collate", "move": "move and wait"}
+    words = {"decode": "decode", "normalize": "normalize, collate", "move": "move, wait, read"}
     for index, (part, word) in enumerate(words.items()):
         figure.text(0.37 + 0.19 * index, 1 - 0.62 / top, "■", fontsize=11, color=PART_COLORS[part])
         figure.text(0.39 + 0.19 * index, 1 - 0.62 / top, word, fontsize=9.5)
@@ -431,6 +431,92 @@ def draw_convolution(results: dict[str, Any], path: Path, source: str) -> None:
     save(figure, path, source)
 
 
+# ---- counts, standardizing, and the way back to pixels -------------------------------------------
+
+
+def pixels_bars(result: dict[str, Any]) -> list[Bar]:
+    """Everybody who does the same work, the quickest first; without the copy."""
+    found = [
+        Bar(
+            OURS_FRESH if name == OURS else name,
+            quartiles[1] / result["images"],
+            result["max_error"][name],
+            name.startswith(OURS),
+        )
+        for name, quartiles in result["us_per_call"].items()
+        if name != COPY and "bfloat16" not in name
+    ]
+    return sorted(found, key=lambda bar: bar.us_per_image)
+
+
+def pixels_table(results: Sequence[dict[str, Any]]) -> list[str]:
+    """A row for everybody, the quickest at planes first; and the copy."""
+    lines = [
+        "| | NCHW, µs per image | time / pixfuse | NHWC, µs per image | time / pixfuse | "
+        "difference from the reference |",
+        "|---|--:|--:|--:|--:|---|",
+    ]
+    for operator in dict.fromkeys(result["operator"] for result in results):
+        of_layout = {r["layout"]: r for r in results if r["operator"] == operator}
+        lines.append(f"| *{operator}* | | | | | |")
+        for bar in [*pixels_bars(of_layout["NCHW"]), Bar(COPY, 0.0, 0.0)]:
+            key = OURS if bar.name == OURS_FRESH else bar.name
+            name = shown_name(bar.name)
+            cells = [name.replace(OURS, f"**{OURS}**", 1) if bar.is_ours else name]
+            for layout in ("NCHW", "NHWC"):
+                us, images = of_layout[layout]["us_per_call"], of_layout[layout]["images"]
+                middle = us.get(key, [float("nan")] * 3)[1]
+                cells += [f"{middle / images:.1f}", f"{middle / us[OURS][1]:.2f}"]
+            cells.append("" if bar.name == COPY else difference(bar))
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def pixels_section(results: dict[str, Any], chart: str) -> list[str]:
+    first, stats = results["results"][0], results["stats"]
+    lines = [
+        "### Counts, standardizing, and the way back to pixels",
+        "",
+        f"{first['images']} crops of photographs, {first['input']}, one thread "
+        f"({machine(results)}); the copy moves as many bytes:",
+        "",
+        *pixels_table(results["results"]),
+        "",
+        f"![Time per image of counting, standardizing and going back to pixels]({chart})",
+        "",
+        f"`pixfuse stats` on {stats['images']} {stats['input']}:",
+        "",
+        "| workers | µs per image | of it decoding | start of the workers |",
+        "|--:|--:|--:|--:|",
+    ]
+    for row in stats["rows"]:
+        image_us, share = microseconds(row["us_per_image"][1]), 100 * row["decoding_share"]
+        startup = f"{row['startup_seconds']:.2g} s" if row["workers"] else ""
+        lines.append(f"| {row['workers'] or 'none'} | {image_us} | {share:.1f} % | {startup} |")
+    return [
+        *lines,
+        "",
+        *claim_lines(results),
+        "",
+        f"Medians of {first['samples']} interleaved rounds, each result checked before it was "
+        f"timed; claims take the worse of the two layouts. {origin(results)} What each peer runs "
+        "stands in `benchmarks/bench_pixels.py`.",
+    ]
+
+
+def draw_pixels(results: dict[str, Any], path: Path, source: str) -> None:
+    panels = [
+        Panel(
+            f"{result['operator']}, {result['images']} images of {result['input']}, NHWC",
+            pixels_bars(result),
+            result["us_per_call"][COPY][1] / result["images"],
+        )
+        for result in results["results"]
+        if result["layout"] == "NHWC"
+    ]
+    draw_bars(panels, f"one thread, crops of photographs; {machine(results)}", path, source)
+
+
 # ---- drawing -------------------------------------------------------------------------------------
 
 
@@ -548,10 +634,8 @@ REPORTS = (
     Report("collate_cpu.json", collate_section, draw_collate),
     Report("loader_cpu.json", loader_section, draw_loader),
     Report("conv_bias_relu_cpu.json", convolution_section, draw_convolution),
+    Report("pixels_cpu.json", pixels_section, draw_pixels),
 )
-
-# Results that may be missing: their section and chart then are, too.
-NOT_YET = ("conv_bias_relu_cpu.json",)
 
 
 def with_block(readme: str, block: str) -> str:
@@ -573,7 +657,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     sections, problems = [], []
     for report in REPORTS:
         path = options.results / report.file
-        if not path.exists() and report.file in NOT_YET:
+        if not path.exists():  # not measured yet
+            print(f"left out: there is no {report.file}")
             continue
         text = path.read_text()
         results = json.loads(text)

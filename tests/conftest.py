@@ -8,11 +8,39 @@ import pytest
 import torch
 
 from pixfuse import _library
+from tests.build_cache import digest
+from tests.cuda_on_cpu.toolchain import ROOT, Toolchain, programs_of
 
 # The same examples in every run; `--hypothesis-profile=explore` looks further.
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=5000)
 hypothesis.settings.load_profile("fixed")
+
+
+def worker_group(item: pytest.Item) -> str | None:
+    """What a test shares with others, if all of them should run in one process of several."""
+    if item.path.name.startswith("test_native"):
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        return "-".join([item.path.stem, *(str(parameters.get(n)) for n in ("program", "name"))])
+    programs = [digest(repr(program)) for program in programs_of(item)]
+    return "-".join(programs) or None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of one compiled program stay together: no process waits for what another compiles."""
+    for item in items:
+        group = worker_group(item)
+        if group is not None:
+            item.add_marker(pytest.mark.xdist_group(group))
+
+
+@pytest.fixture(scope="session")
+def builds(request: pytest.FixtureRequest) -> Iterator[Toolchain]:
+    """CUDA kernels for the CPU; compiled in the background, while the first tests run."""
+    builds = Toolchain(ROOT / "build" / "cuda_on_cpu")
+    builds.start(program for item in request.session.items for program in programs_of(item))
+    yield builds
+    builds.close()
 
 
 def require_cuda() -> None:

@@ -111,13 +111,16 @@ def with_state(samples: Any) -> Any:
     return *SMALL(samples), torch.tensor(state)
 
 
+def is_in_a_block(tensor: torch.Tensor) -> bool:
+    """Whether it lies in the shared memory that this worker uses again."""
+    blocks = [block.storage for block in _shared_memory._blocks]
+    return any(block.is_shared() and block.data_ptr() == tensor.data_ptr() for block in blocks)
+
+
 def with_place(samples: Any) -> Any:
     """A batch, and whether it was in shared memory before it was sent."""
     batch = CENTER(samples)
-    address = batch["image"].data_ptr()
-    blocks = [block.storage for block in _shared_memory._blocks]
-    is_shared = any(block.is_shared() and block.data_ptr() == address for block in blocks)
-    return batch, is_shared
+    return batch, is_in_a_block(batch["image"])
 
 
 def reference(images: Any, *args: Any, **options: Any) -> torch.Tensor:

@@ -37,6 +37,16 @@ def torch_files() -> set[str]:
     return {path.name for path in Path("/dev/shm").glob("torch_*")}
 
 
+def torch_files_left(before: set[str], seconds: float = 10) -> set[str]:
+    """What has stayed since then: other test processes make such files too, for moments."""
+    left = torch_files() - before
+    deadline = time.monotonic() + seconds
+    while left and time.monotonic() < deadline:
+        time.sleep(0.005)
+        left &= torch_files()
+    return left
+
+
 def shared_mappings() -> int:
     """Pieces of torch's shared memory that this process can see, named or not."""
     return Path("/proc/self/maps").read_text().count("/dev/shm/torch_")

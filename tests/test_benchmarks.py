@@ -1,12 +1,18 @@
 """The benchmarks can be believed: nothing unequal is timed, no number in the README is typed."""
 
 import dataclasses
+import time
 from pathlib import Path
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
+from matplotlib.figure import Figure
+from rich.console import Console
 
-from benchmarks import harness, plot, report
+import pixfuse
+from benchmarks import bench_pixels, harness, plot, report, units
 from benchmarks.harness import Checked, Contestant, Tolerance, UnequalError
 
 EXPECTED = torch.linspace(-1, 1, 24).view(2, 3, 2, 2)
@@ -95,3 +101,122 @@ def test_a_number_typed_into_the_readme_is_found(
     forged.write_text(head + start + block.replace(digit, str((int(digit) + 1) % 10), 1))
     assert plot.main(["--check", "--readme", str(forged)]) == 1
     assert "README.md differs" in capsys.readouterr().err
+
+
+def test_results_that_are_not_there_are_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{plot.START}\nold\n{plot.END}\nafter\n")
+    assert plot.main(["--results", str(tmp_path), "--readme", str(readme)]) == 0
+    assert readme.read_text() == f"before\n{plot.START}\n\n{plot.END}\nafter\n"
+    assert "there is no pixels_cpu.json" in capsys.readouterr().out
+
+
+PIXELS_PLAN = harness.Plan(rounds=1, sample_seconds=1e-4, least_rounds=1)
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("name", bench_pixels.JOBS)
+def test_everybody_who_handles_pixels_is_checked(name: str, layout: str) -> None:
+    run = bench_pixels.Run()
+    result = bench_pixels.run_job(run, name, bench_pixels.random_pixels(2, 5), layout, PIXELS_PLAN)
+    assert run.problems == []
+    assert {report.OURS, report.COPY} < result["us_per_call"].keys()
+
+
+@pytest.mark.parametrize("name", bench_pixels.JOBS)
+def test_one_wrong_pixel_is_not_timed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = bench_pixels.random_pixels(2, 5)
+    honest = getattr(pixfuse, name)
+    other = bench_pixels.Pixels(pixels.nhwc.numpy().copy())
+    other.nhwc[1, 4, 4, 2] ^= 1
+
+    def wrong(*arguments: object, **options: object) -> object:
+        if name != "denormalize":
+            return honest(other.nhwc, *arguments[1:], **options)
+        result = honest(*arguments, **options)
+        result.view(-1)[-1] ^= 1
+        return result
+
+    monkeypatch.setattr(pixfuse, name, wrong)
+    run = bench_pixels.Run()
+    result = bench_pixels.run_job(run, name, pixels, "NHWC", PIXELS_PLAN)
+    assert report.OURS not in result["us_per_call"]
+    assert any(problem.startswith(report.OURS) for problem in run.problems)
+
+
+def test_files_that_were_counted_wrong_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = bench_pixels.expected_counts
+
+    def write_jpegs(folder: Path, count: int, side: int) -> list[Path]:
+        """Not from photographs: those need a package that only benchmarks have."""
+        paths = [folder / f"{n}.jpg" for n in range(count)]
+        for n, path in enumerate(paths):
+            PIL.Image.radial_gradient("L").rotate(n).resize((side, side)).convert("RGB").save(path)
+        return paths
+
+    def one_more(paths: list[Path]) -> torch.Tensor:
+        counts = honest(paths)
+        counts[0, np.random.default_rng(0).integers(256)] += 1
+        return counts
+
+    run = bench_pixels.Run()
+    monkeypatch.setattr(bench_pixels, "write_jpegs", write_jpegs)
+    monkeypatch.setattr(bench_pixels, "WORKERS", ())
+    stats = bench_pixels.run_stats(run, quick=True)
+    assert run.problems == []
+    assert [row["workers"] for row in stats["rows"]] == [0]
+    monkeypatch.setattr(bench_pixels, "expected_counts", one_more)
+    assert "rows" not in bench_pixels.run_stats(run, quick=True)
+    assert run.problems == ["pixfuse stats, 0 workers: counts differ from numpy's"]
+
+
+def test_the_dead_units_of_the_demo_are_dead() -> None:
+    random = np.random.default_rng(0)
+    photos = [random.integers(256, size=(90, 80, 3), dtype=np.uint8) for _ in range(2)]
+    crops = units.take_crops(photos)
+    assert sorted(set(crops.labels.tolist())) == list(range(8))
+    one = units.run_one("[0, 1]", pixfuse.UNIT, crops, 1.0, seeds=(0, 1), steps=8)
+
+    dead = dict.fromkeys(units.LAYERS, 0)
+    for seed in (0, 1):
+        model = units.network(pixfuse.UNIT, crops.classes, seed)
+        assert len(list(units.train(model, crops, 1.0, 8))) == 8
+        values = crops.pixels
+        for name, module in model.named_children():
+            values = module(values)
+            if name in dead:
+                dead[name] += int((values.amax((0, 2, 3)) <= 0).sum())
+    assert sum(dead.values()) > 0
+    assert {layer: one.dead(layer) for layer in units.LAYERS} == dead
+    assert one.monitor.steps == 8
+
+    console = Console(record=True, width=120)
+    units.print_table(console, [one], 0.05)
+    text = console.export_text()
+    row = [
+        cell.strip() for line in text.splitlines() if "[0, 1] " in line for cell in line.split("│")
+    ]
+    assert row[1:6] == ["[0, 1]", "1", *(str(count) for count in dead.values())]
+    assert "5.0% longer" in text
+    axes = Figure().subplots()
+    units.draw(axes, one)
+    assert [label.get_text() for label in axes.get_yticklabels()] == list(units.LAYERS.values())
+
+
+def test_the_cost_of_a_monitor_counts_all_that_it_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Here it is made to take as long as many steps."""
+    step = pixfuse.DeadUnitMonitor.step
+
+    def slow_step(monitor: pixfuse.DeadUnitMonitor) -> None:
+        end = time.process_time() + 0.3
+        while time.process_time() < end:
+            pass
+        step(monitor)
+
+    monkeypatch.setattr(pixfuse.DeadUnitMonitor, "step", slow_step)
+    photos = [np.zeros((64, 64, 3), np.uint8)]
+    assert units.cost_of_monitor(photos, steps=3) > 1

@@ -140,6 +140,42 @@ def test_one_large_image_is_shared_among_threads(device: torch.device) -> None:
     check(torch.full((1, 3, 700, 900), 255, dtype=torch.uint8, device=device))
 
 
+def in_memory_as(memory: str, count: int, height: int, width: int) -> torch.Tensor:
+    """Random pixels (N, C, H, W), in one of the ways in which bytes are counted in pairs."""
+    if memory == "planes":
+        return random_bytes(count, 3, height, width)
+    channels = {"RGB": 3, "RGBX": 4, "RGBA": 4}[memory]
+    pixels = random_bytes(count, height, width, channels).permute(0, 3, 1, 2)
+    return pixels[:, :3] if memory == "RGBX" else pixels
+
+
+@pytest.mark.parametrize("memory", ["planes", "RGB", "RGBX", "RGBA"])
+def test_pairs_of_bytes(isa: str, memory: str) -> None:
+    """From 32768 pixels on; odd widths leave pixels over, and rows of a crop are on their own."""
+    torch.set_num_threads(1)
+    for width in (64, 65, 66, 67, 8192, 8195):
+        images = in_memory_as(memory, 2, 40000 // width + 1, width)
+        check(images)
+        check(images[..., : width - 1])
+
+
+@pytest.mark.parametrize("memory", ["planes", "RGB", "RGBX", "RGBA"])
+def test_one_pair_more_often_than_16_bits_count(isa: str, memory: str) -> None:
+    torch.set_num_threads(1)
+    images = in_memory_as(memory, 1, 601, 701)
+    images[:] = torch.tensor([255, 0, 7, 255])[: images.shape[1]].view(1, -1, 1, 1)
+    check(images)
+    images[..., 1::2] = 3
+    check(images)
+
+
+def test_tables_of_pairs_are_left_clear(isa: str) -> None:
+    """They are used again: by any layout, and by several threads."""
+    torch.set_num_threads(3)
+    for memory in ("planes", "RGBA", "RGB", "planes", "RGBX", "RGB"):
+        check(in_memory_as(memory, 3, 300, 400))
+
+
 @st.composite
 def views(draw: st.DrawFn) -> tuple[torch.Tensor, str]:
     rank = draw(st.sampled_from([3, 4]))

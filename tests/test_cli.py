@@ -26,6 +26,9 @@ from pixfuse import _image_files, _quick_bench, cli
 from pixfuse._image_files import ArrayPart, Reading
 from tests.processes import python
 
+# Their files are made once.
+pytestmark = pytest.mark.xdist_group("cli")
+
 READABLE = {
     "photos/cat/00.jpg": "RGB",
     "photos/cat/01.png": "L",
@@ -58,7 +61,12 @@ def stats(*arguments: object) -> dict[str, Any]:
 
 def start(*arguments: object, ranks: int = 1) -> subprocess.Popen[str]:
     """The command in a process of its own, which Ctrl-C can reach."""
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    launcher = (
+        # Standalone: at a port of its own, as another test may do the same at this moment.
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        if ranks > 1
+        else []
+    )
     return subprocess.Popen(
         [sys.executable, *launcher, "-m", "pixfuse", *(str(a) for a in arguments)],
         stdout=subprocess.PIPE,

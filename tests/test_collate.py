@@ -29,12 +29,20 @@ from tests.photos import (
     Small,
     Truncated,
     assert_photos,
+    is_in_a_block,
     numbered,
     reference,
     with_place,
     with_state,
 )
-from tests.processes import open_files, python, resident_bytes, shared_mappings, torch_files
+from tests.processes import (
+    open_files,
+    python,
+    resident_bytes,
+    shared_mappings,
+    torch_files,
+    torch_files_left,
+)
 
 v2 = import_torchvision("torchvision.transforms.v2")
 tv_tensors = import_torchvision("torchvision.tv_tensors")
@@ -171,6 +179,124 @@ def test_kinds_of_images_mix() -> None:
     actual = pixfuse.Collate(pixfuse.IMAGENET)(kinds)
     expected = reference(kinds, None, pixfuse.IMAGENET)
     assert_same_bits(actual, expected)
+
+
+# --- each image by its own mean and std ---
+
+STANDARDIZED = [
+    pixfuse.PerImageStandardization(),
+    pixfuse.PerImageStandardization(per_channel=True, floor=30),
+]
+
+
+@pytest.mark.parametrize("per_image", STANDARDIZED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.uint8])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_standardized_as_the_function_does(
+    per_image: pixfuse.PerImageStandardization,
+    dtype: torch.dtype,
+    memory_format: torch.memory_format,
+) -> None:
+    """Of the crop, mirrored and padded, as bytes: fill and all."""
+    images = [pillow(n, 7, mode) for n, mode in ((5, "RGB"), (9, "L"), (30, "RGBA"))]
+    options: dict[str, Any] = {
+        "channels": 3,
+        "out_of_bounds": "pad",
+        "fill": (1, 2, 250),
+        "memory_format": memory_format,
+    }
+    collate = pixfuse.Collate(
+        per_image, (8, 8), "center", mirror=1, return_mask=True, dtype=dtype, **options
+    )
+    ((actual, mask), labels) = collate([(image, n) for n, image in enumerate(images)])
+    pixels, expected_mask = pixfuse.reference.crop_mirror_normalize(
+        images, 8, mirror=True, return_mask=True, dtype=torch.uint8, **options
+    )
+    assert labels.tolist() == [0, 1, 2]
+    assert torch.equal(mask, expected_mask)
+    assert 0 < int(mask.sum()) < mask.numel()
+    if dtype is torch.uint8:
+        assert torch.equal(actual, pixels)
+        assert actual.stride() == pixels.stride()
+        return
+    chosen: dict[str, Any] = {"dtype": dtype, "memory_format": memory_format}
+    expected = pixfuse.standardize_per_image(
+        pixels, per_image.per_channel, per_image.floor, **chosen
+    )
+    assert_same_bits(actual, expected)
+    again = pixfuse.reference.standardize_per_image(
+        pixels, per_image.per_channel, per_image.floor, **chosen
+    )
+    assert_same_bits(actual, again)
+
+
+@pytest.mark.parametrize("per_image", STANDARDIZED)
+def test_standardized_random_crops(per_image: pixfuse.PerImageStandardization) -> None:
+    options: dict[str, Any] = {"size": 7, "crop": "random", "mirror": 0.5, "flip": 0.5}
+    images = [pillow(9 + n, 20 - n) for n in range(10)]
+    torch.manual_seed(3)
+    packed = pixfuse.Collate(**options, dtype=torch.uint8)(images)
+    torch.manual_seed(3)
+    standardized = pixfuse.Collate(per_image, **options)(images)
+    assert_same_bits(
+        standardized,
+        pixfuse.standardize_per_image(packed, per_image.per_channel, per_image.floor),
+    )
+    mean = standardized.double().mean((1, 2, 3))  # of the crop, so not that of the whole image
+    torch.testing.assert_close(mean, torch.zeros_like(mean), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("method", [None, "fork", "spawn"])
+def test_standardized_in_workers(method: str | None) -> None:
+    options: dict[str, Any] = {"size": 100, "crop": "center"}
+    per_image = pixfuse.PerImageStandardization(floor=2.0)
+    loader = DataLoader(
+        Photos(16),
+        batch_size=8,
+        collate_fn=WithPlace(pixfuse.Collate(per_image, **options)),
+        num_workers=0 if method is None else 1,
+        multiprocessing_context=method,
+    )
+    packing = pixfuse.Collate(dtype=torch.uint8, **options)
+    batches = list(loader)
+    assert len(batches) == 2
+    for number, (batch, is_shared) in enumerate(batches):
+        assert is_shared == (method is not None)
+        pixels = packing([Photos()[index] for index in range(8 * number, 8 * number + 8)])
+        expected = pixfuse.standardize_per_image(pixels["image"], False, 2.0)
+        assert_same_bits(batch["image"], expected)
+
+
+class WithPlace:
+    """A collate function, and whether its images are in shared memory."""
+
+    def __init__(self, collate: pixfuse.Collate) -> None:
+        self.collate = collate
+
+    def __call__(self, samples: Any) -> Any:
+        batch = self.collate(samples)
+        return batch, is_in_a_block(batch["image"])
+
+
+def test_standardized_images_of_packed_bytes() -> None:
+    """The longer way: bytes from the workers, floats in the main process."""
+    options: dict[str, Any] = {"size": 100, "crop": "center"}
+    per_image = pixfuse.PerImageStandardization(per_channel=True)
+    packed = pixfuse.Collate(per_image, dtype=torch.uint8, **options)
+    loader = DataLoader(Photos(16), batch_size=8, collate_fn=packed, num_workers=1)
+    collate = pixfuse.Collate(per_image, **options)
+    for number, batch in enumerate(pixfuse.DeviceLoader(loader, "cpu", per_image)):
+        samples = [Photos()[index] for index in range(8 * number, 8 * number + 8)]
+        assert_same_bits(batch["image"], collate(samples)["image"])
+
+
+def test_standardized_pickle_and_repr() -> None:
+    collate = pixfuse.Collate(pixfuse.PerImageStandardization(True, 3), 8, "center")
+    again = pickle.loads(pickle.dumps(collate))
+    assert repr(again) == repr(collate)
+    assert "PerImageStandardization(per_channel=True, floor=3.0)" in repr(collate)
+    images = [pillow(9, 9)] * 2
+    assert_same_bits(again(images), collate(images))
 
 
 # --- what is an image ---
@@ -544,7 +670,7 @@ def test_a_thousand_batches_leave_nothing() -> None:
         assert max(mappings) <= 12
     gc.collect()
     assert shared_mappings() == 0
-    assert torch_files() - files == set()
+    assert torch_files_left(files) == set()
 
 
 def test_growth_would_be_noticed() -> None:
@@ -564,7 +690,10 @@ def test_a_killed_worker() -> None:
         list(loader)
     gc.collect()
     assert shared_mappings() == 0
-    assert torch_files() - files == set()
+    assert torch_files_left(files) == set()
+
+
+MESSAGE_OF_13 = r"Collate: expected the window of the image of sample 5 inside its 4 x 4"
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -573,14 +702,14 @@ def test_an_error_names_the_sample(workers: int) -> None:
     loader = DataLoader(Photos(bad=13), batch_size=8, collate_fn=CENTER, num_workers=workers)
     batches = iter(loader)
     next(batches)
-    with pytest.raises(ValueError, match=r"expected the window of images\[5\] inside its 4 x 4"):
+    with pytest.raises(ValueError, match=MESSAGE_OF_13):
         next(batches)
     next(batches)  # the worker goes on
     assert next(batches, None) is None
     del batches
     gc.collect()
     assert shared_mappings() == 0
-    assert torch_files() - files == set()
+    assert torch_files_left(files) == set()
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -588,8 +717,25 @@ def test_a_truncated_file_names_the_sample(workers: int) -> None:
     loader = DataLoader(Truncated(), batch_size=8, collate_fn=CENTER, num_workers=workers)
     batches = iter(loader)
     next(batches)
-    with pytest.raises(OSError, match=r"images\[3\]"):
+    with pytest.raises(OSError, match=r"Collate: expected the image of sample 3 to be an image th"):
         next(batches)
+
+
+class Unloadable(Image.Image):
+    """What some plugins do with a damaged file."""
+
+    def load(self) -> Any:
+        raise TypeError("unsupported operand")
+
+
+def test_a_file_that_fails_with_any_error_names_the_sample() -> None:
+    message = (
+        r"^Collate: expected the image of sample 2 to be an image that Pillow can read, got "
+        r"TypeError: unsupported operand$"
+    )
+    with pytest.raises(ValueError, match=message) as caught:
+        pixfuse.Collate()([pillow(), pillow(), Unloadable()])
+    assert isinstance(caught.value.__cause__, TypeError)
 
 
 # --- bad input ---
@@ -625,32 +771,76 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "normalization": (
         {"normalization": 0.5},
         TypeError,
-        r"crop_mirror_normalize: expected normalization to be a pixfuse.Normalization",
+        r"^Collate: expected normalization to be a pixfuse.Normalization",
     ),
-    "size": ({"size": 0, "crop": "center"}, ValueError, r"expected size to be positive, got 0"),
+    "size": (
+        {"size": 0, "crop": "center"},
+        ValueError,
+        r"^Collate: expected size to be positive, got 0",
+    ),
     "size of three": (
         {"size": (1, 2, 3), "crop": "center"},
         ValueError,
-        r"expected size to be an int or \(height, width\), got 3 values",
+        r"^Collate: expected size to be an int or \(height, width\), got 3 values",
     ),
-    "channels": ({"channels": 0}, ValueError, r"expected channels to be positive, got 0"),
+    "channels": ({"channels": 0}, ValueError, r"^Collate: expected channels to be positive, got 0"),
     "channels of the normalization": (
         {"normalization": pixfuse.IMAGENET, "channels": 4},
         ValueError,
-        r"expected images of 3 channels, as mean and std have 3 values, got 4",
+        r"^Collate: expected images of 3 channels, as mean and std have 3 values, got 4",
     ),
     "out of bounds": (
         {"out_of_bounds": "clip"},
         ValueError,
-        r"expected out_of_bounds to be 'error' or 'pad', got 'clip'",
+        r"^Collate: expected out_of_bounds to be 'error' or 'pad', got 'clip'",
     ),
-    "fill": ({"fill": 256}, ValueError, r"expected fill from 0 to 255, got 256"),
-    "fill space": ({"fill_space": "raw"}, ValueError, r"expected fill_space to be 'input' or 'out"),
-    "dtype": ({"dtype": torch.float64}, TypeError, r"expected dtype to be .*, got torch.float64"),
+    "fill": ({"fill": 256}, ValueError, r"^Collate: expected fill from 0 to 255, got 256"),
+    "fill space": (
+        {"fill_space": "raw"},
+        ValueError,
+        r"^Collate: expected fill_space to be 'input' or 'out",
+    ),
+    "dtype": (
+        {"dtype": torch.float64},
+        TypeError,
+        r"^Collate: expected dtype to be .*, got torch.float64",
+    ),
     "memory format": (
         {"memory_format": torch.preserve_format},
         ValueError,
-        r"expected memory_format to be .*, got torch.preserve_format",
+        r"^Collate: expected memory_format to be .*, got torch.preserve_format",
+    ),
+}
+
+
+PER_IMAGE = pixfuse.PerImageStandardization()
+ERRORS |= {
+    "per image: fill space": (
+        {"normalization": PER_IMAGE, "fill_space": "output", "fill": 0.5},
+        ValueError,
+        r"^Collate: expected fill_space to be 'input' with a PerImageStandardization, got 'output'"
+        r"; the fill is among the pixels whose mean and std are taken$",
+    ),
+    "per image: fill": (
+        {"normalization": PER_IMAGE, "fill": (1, 2.5, 3)},
+        ValueError,
+        r"^Collate: expected fill to be a whole number with a PerImageStandardization, got "
+        r"\(1, 2.5, 3\); it is among",
+    ),
+    "per image: fill out of range": (
+        {"normalization": PER_IMAGE, "fill": 256},
+        ValueError,
+        r"^Collate: expected fill from 0 to 255, got 256",
+    ),
+    "per image: dtype": (
+        {"normalization": PER_IMAGE, "dtype": torch.float64},
+        TypeError,
+        r"^Collate: expected dtype to be .*, got torch.float64",
+    ),
+    "per image: the class": (
+        {"normalization": pixfuse.PerImageStandardization},
+        TypeError,
+        r"^Collate: expected normalization to be a pixfuse.Normalization, got type",
     ),
 }
 
@@ -705,17 +895,18 @@ BAD_SAMPLES: dict[str, tuple[Any, type[Exception], str]] = {
     "sizes": (
         [(RGB, 1), (RGB, 2), (pillow(6, 7), 3)],
         ValueError,
-        r"expected images of one size, as size is None, got 6 x 6 in images\[0\] and 6 x 7 in im",
+        r"^Collate: expected images of one size, as size is None, got 6 x 6 in the image of sample "
+        r"0 and 6 x 7 in the image of sample 2",
     ),
     "channels": (
         [{"x": RGB}, {"x": pillow(6, 6, "RGBA")}],
         ValueError,
-        r"expected images of one channel count, got 3 in images\[0\] and 4 in images\[1\]",
+        r"^Collate: expected images of one channel count, got 3 in the image of sample 0 and 4 in",
     ),
     "mode": (
         [RGB, Image.new("F", (6, 6))],
         TypeError,
-        r"images\[1\]",
+        r"^Collate: expected the image of sample 1 of a Pillow mode with 8 bits",
     ),
     "lengths": (
         [(RGB, 1), (RGB,)],

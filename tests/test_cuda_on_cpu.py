@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,6 @@ from tests.cuda_on_cpu.toolchain import (
     HERE,
     LIBRARY,
     RACE,
-    ROOT,
     SANITIZED,
     UCONTEXT,
     VALUES,
@@ -93,32 +92,6 @@ class Planted:
         kernel = replace(self.kernel, replacements=replacements)
         is_normalize = self.kernel.path == NORMALIZE.path
         return (normalize if is_normalize else crop_mirror_normalize)(self.flavor, kernel)
-
-
-def programs_needed(items: list[pytest.Item]) -> Iterator[Program]:
-    """What the tests of this run will ask for, in their order."""
-    for item in items:
-        if not isinstance(item, pytest.Function) or item.path != Path(__file__):
-            continue
-        if "normalize_on_cpu" in item.fixturenames:
-            yield normalize_library()
-        if "crop_on_cpu" in item.fixturenames:
-            yield crop_mirror_normalize_library()
-        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
-        for value in parameters:
-            if isinstance(value, Planted):
-                yield value.program
-            elif isinstance(value, Program):
-                yield value
-
-
-@pytest.fixture(scope="session")
-def builds(request: pytest.FixtureRequest) -> Iterator[Toolchain]:
-    """Compiles in the background, while the first tests run."""
-    builds = Toolchain(ROOT / "build" / "cuda_on_cpu")
-    builds.start(programs_needed(request.session.items))
-    yield builds
-    builds.close()
 
 
 def run(
@@ -721,9 +694,9 @@ def load(library: Path) -> Normalize:
     return call
 
 
-@pytest.fixture(scope="session")
-def normalize_on_cpu(builds: Toolchain) -> Normalize:
-    return load(builds.build(normalize_library()))
+@pytest.fixture(scope="session", params=[normalize_library()], ids=str)
+def normalize_on_cpu(builds: Toolchain, request: pytest.FixtureRequest) -> Normalize:
+    return load(builds.build(request.param))
 
 
 def assert_equals_reference(
@@ -844,9 +817,9 @@ def load_crop(library: Path) -> Crop:
     return call
 
 
-@pytest.fixture(scope="session")
-def crop_on_cpu(builds: Toolchain) -> Crop:
-    return load_crop(builds.build(crop_mirror_normalize_library()))
+@pytest.fixture(scope="session", params=[crop_mirror_normalize_library()], ids=str)
+def crop_on_cpu(builds: Toolchain, request: pytest.FixtureRequest) -> Crop:
+    return load_crop(builds.build(request.param))
 
 
 def assert_crops_equal_reference(

@@ -5,16 +5,13 @@ kernels that these must find: `cuda_on_cpu/README.md`.
 """
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
 from tests.cuda_on_cpu.toolchain import (
     CSRC,
     RACE,
-    ROOT,
     SANITIZED,
     VALUES,
     Flavor,
@@ -59,26 +56,6 @@ class Planted:
     @property
     def program(self) -> Program:
         return program(self.operator, self.flavor, (self.old, self.new))
-
-
-def programs_needed(items: list[pytest.Item]) -> Iterator[Program]:
-    for item in items:
-        if not isinstance(item, pytest.Function) or item.path != Path(__file__):
-            continue
-        for value in item.callspec.params.values() if hasattr(item, "callspec") else ():
-            if isinstance(value, Planted):
-                yield value.program
-            elif isinstance(value, Program):
-                yield value
-
-
-@pytest.fixture(scope="session")
-def builds(request: pytest.FixtureRequest) -> Iterator[Toolchain]:
-    """Compiles in the background, while the first tests run."""
-    builds = Toolchain(ROOT / "build" / "cuda_on_cpu")
-    builds.start(programs_needed(request.session.items))
-    yield builds
-    builds.close()
 
 
 def cases(flavor: Flavor) -> list[tuple[Program, str]]:

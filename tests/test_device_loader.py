@@ -25,6 +25,7 @@ from tests import gpu_model
 from tests.bits import assert_same_bits
 from tests.images import random_bytes
 from tests.normalizations import DTYPES
+from tests.processes import python
 
 THREAD = "pixfuse.DeviceLoader"
 
@@ -288,7 +289,7 @@ def test_it_normalizes_while_the_consumer_works(monkeypatch: pytest.MonkeyPatch)
             finished.append(threading.get_ident())
         return result
 
-    monkeypatch.setattr(loader_module, "normalize", slow)
+    monkeypatch.setattr(loader_module, "convert", slow)
     batches = [random_bytes(1, 3, 4, 4) for _ in range(4)]
     iterator = iter(pixfuse.DeviceLoader(batches, "cpu", prefetch=2))
     next(iterator)
@@ -660,6 +661,72 @@ def test_errors(case: str) -> None:
         call()
 
 
+PER_IMAGE = pixfuse.PerImageStandardization(per_channel=True, floor=3)
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_standardized(
+    place: torch.device, layout: Any, dtype: torch.dtype, memory_format: torch.memory_format
+) -> None:
+    """Each image by its own mean and std, the bits of the function."""
+    batches = [(random_bytes(2, 3, 7, 9), n) for n in range(4)]
+    options = {"input_layout": layout, "dtype": dtype, "memory_format": memory_format}
+    for per_image in (pixfuse.PerImageStandardization(), PER_IMAGE):
+        loader = pixfuse.DeviceLoader(batches, place, per_image, **options)
+        for (images, n), (x, number) in zip(batches, loader, strict=True):
+            assert (x.device.type, number) == (place.type, n)
+            arguments = (images, per_image.per_channel, per_image.floor)
+            assert_same_bits(x.cpu(), pixfuse.standardize_per_image(*arguments, **options))
+            assert_same_bits(
+                x.cpu(), pixfuse.reference.standardize_per_image(*arguments, **options)
+            )
+
+
+def test_standardized_arrays_in_nested_batches_and_pickled() -> None:
+    images = random_bytes(3, 8, 9, 3)
+    loader = pixfuse.DeviceLoader(
+        [{"x": [images.numpy(), "name"]}], "cpu", PER_IMAGE, input_layout="NHWC"
+    )
+    again = pickle.loads(pickle.dumps(loader))
+    assert "PerImageStandardization(per_channel=True, floor=3.0)" in repr(again)
+    expected = pixfuse.standardize_per_image(images, True, 3.0, input_layout="NHWC")
+    for batch in (*loader, *again):
+        assert batch["x"][1] == "name"
+        assert_same_bits(batch["x"][0], expected)
+
+
+def test_standardized_over_workers() -> None:
+    inner = DataLoader(Images(), batch_size=5, num_workers=2)
+    for x, labels in pixfuse.DeviceLoader(inner, "cpu", PER_IMAGE):
+        images = images_of(labels.tolist())
+        assert_same_bits(x, pixfuse.standardize_per_image(images, True, 3.0))
+
+
+def test_standardizing_reads_pinned_memory_only_by_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader_module, "CUDA_LOADED", True)
+    with pytest.raises(
+        ValueError,
+        match=r"^DeviceLoader: expected transfer to be 'copy' with a PerImageStandardization, got "
+        r"'direct'; it reads every image twice$",
+    ):
+        pixfuse.DeviceLoader([], "cuda", PER_IMAGE, transfer="direct")
+    pixfuse.DeviceLoader([], "cuda", PER_IMAGE)
+
+
+def test_standardized_on_the_model_of_a_gpu() -> None:
+    for seed in range(10):
+        gpu = gpu_model.Gpu(seed)
+        batches = batches_of(12)
+        loader = ModelLoader(gpu, batches, normalization=PER_IMAGE)
+        seen = consume(gpu, loader, 12)
+        gpu.run_all()
+        for (x, labels), (images, numbers) in zip(seen, batches, strict=True):
+            assert torch.equal(labels, numbers)
+            assert_same_bits(x, pixfuse.standardize_per_image(images, True, 3.0))
+
+
 def test_cuda_without_kernels() -> None:
     if pixfuse.info()["cuda"]["loaded"]:
         pytest.skip("CUDA kernels are loaded")
@@ -782,8 +849,9 @@ class ModelLoader(pixfuse.DeviceLoader):
         *,
         transfer: Any = "copy",
         prefetch: int = 2,
+        normalization: Any = pixfuse.IMAGENET,
     ) -> None:
-        super().__init__(batches, "cpu", pixfuse.IMAGENET, prefetch=prefetch)
+        super().__init__(batches, "cpu", normalization, prefetch=prefetch)
         self.gpu, self.line = gpu, line
         self.device, self.transfer = torch.device("cuda"), transfer
 
@@ -973,17 +1041,23 @@ class FakeLine(loader_module._CudaLine):
         pass
 
 
-@pytest.mark.parametrize("transfer", ["copy", "direct"])
+@pytest.mark.parametrize(
+    ("transfer", "normalization"),
+    [("copy", pixfuse.IMAGENET), ("direct", pixfuse.IMAGENET), ("copy", PER_IMAGE)],
+)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.preserve_format])
 def test_the_steps_on_fake_tensors(
-    monkeypatch: pytest.MonkeyPatch, transfer: Any, memory_format: torch.memory_format
+    monkeypatch: pytest.MonkeyPatch,
+    transfer: Any,
+    normalization: Any,
+    memory_format: torch.memory_format,
 ) -> None:
     monkeypatch.setattr("pixfuse._checks.CUDA_LOADED", True)
-    monkeypatch.setattr("pixfuse.functional.share_memory", lambda a, b: False)  # no addresses
+    monkeypatch.setattr("pixfuse._checks.share_memory", lambda a, b: False)  # no addresses
     owner = pixfuse.DeviceLoader(
         [],
         "cpu",
-        pixfuse.IMAGENET,
+        normalization,
         input_layout="NHWC",
         dtype=torch.bfloat16,
         memory_format=memory_format,
@@ -1000,3 +1074,12 @@ def test_the_steps_on_fake_tensors(
     assert (x.device, x.dtype) == (torch.device("cuda", 0), torch.bfloat16)
     assert (x.shape, x.stride()) == (expected.shape, expected.stride())
     assert (y.device, y.dtype, y.shape) == (torch.device("cuda", 0), torch.int64, (2,))
+
+
+def test_an_iterator_that_is_open_when_the_interpreter_ends() -> None:
+    result = python("""
+import torch, pixfuse
+batches = iter(pixfuse.DeviceLoader([torch.zeros(2, 3, 4, 5, dtype=torch.uint8)] * 9, "cpu"))
+next(batches)
+""")
+    assert (result.returncode, result.stderr) == (0, "")

@@ -15,8 +15,12 @@ from PIL import Image
 import pixfuse
 from benchmarks.torchvision_import import import_torchvision
 
+# The libraries take long to import: once.
+pytestmark = pytest.mark.xdist_group("recipes")
+
 PAGE = Path(__file__).parent.parent / "docs" / "recipes.md"
 README = PAGE.parent.parent / "README.md"
+DEAD_UNITS = PAGE.with_name("dead_units.md")
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NEIGHBOURS = (
     "accelerate",
@@ -124,16 +128,70 @@ def test_the_readme() -> None:
     assert torch.equal(names["x"], expected)  # of the DeviceLoader: one batch is all there is
 
 
-def test_the_readme_on_units() -> None:
+def test_the_readme_on_statistics() -> None:
+    images = torch.randint(256, (6, 32, 32, 3), dtype=torch.uint8)
+    keys = [f"{n}.jpg" for n in range(6)]
+    names: dict[str, Any] = {"pixfuse": pixfuse, "images": images, "names": keys}
+    block = sections(README.read_text())["Statistics, and back to pixels"][0]
+    exec(compile(block, str(README), "exec"), names)
+    assert torch.equal(names["pixels"], images)
+    assert names["counts"].tolist() == [0, 0]
+    assert len(names["training"]) == 5
+    photos = [image.numpy() for image in torch.randint(256, (2, 230, 240, 3), dtype=torch.uint8)]
+    windows = pixfuse.crop_mirror_normalize(photos, 224, dtype=torch.uint8)
+    assert torch.equal(names["collate"](photos), pixfuse.standardize_per_image(windows, floor=1.0))
+
+
+def test_the_readme_on_units(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     images = torch.randint(256, (4, 32, 32, 3), dtype=torch.uint8)
     bias = torch.tensor([-1e3] + [0.0] * 7)  # the first channel can never fire
-    names = {"pixfuse": pixfuse, "images": images, "weight": torch.randn(8, 3, 7, 7), "bias": bias}
-    (block,) = sections(README.read_text())["Which units live"]
+    names: dict[str, Any] = {"pixfuse": pixfuse, "images": images, "bias": bias}
+    names["weight"] = torch.randn(8, 3, 7, 7)
+    block, monitored = sections(README.read_text())["Which units live"]
     exec(compile(block, str(README), "exec"), names)
     output, activity = names["output"], names["activity"]
     assert isinstance(output, torch.Tensor)
     assert isinstance(activity, pixfuse.UnitActivity)
     assert activity.dead_count == (output.amax((0, 2, 3)) == 0).sum() == 1
+    monkeypatch.chdir(tmp_path)
+    names["model"] = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU())
+    names |= {"loader": [(torch.randn(2, 3), None)] * 3, "train": lambda model, x, _: model(x)}
+    exec(compile(monitored, str(README), "exec"), names)
+    assert "over the last 3 of 3 steps" in capsys.readouterr().out
+    assert (tmp_path / "units.png").exists()
+
+
+def test_the_readme_on_models(capsys: pytest.CaptureFixture[str]) -> None:
+    model = import_torchvision("torchvision.models").resnet18()
+    images = torch.randint(256, (2, 64, 64, 3), dtype=torch.uint8)
+    names = {"pixfuse": pixfuse, "torch": torch, "images": images, "model": model}
+    (block,) = sections(README.read_text())["In a model"]
+    exec(compile(block, str(README), "exec"), names)
+    assert capsys.readouterr().out.startswith("convolution")
+    assert type(names["stem"]) is pixfuse.nn.PixelStem
+    floats = pixfuse.normalize(images, pixfuse.IMAGENET, input_layout="NHWC")
+    torch.testing.assert_close(names["scores"], model(floats), rtol=1e-3, atol=1e-4)
+    assert list(names["layer"].state_dict()) == ["weight", "bias"]
+    dead = [
+        pixfuse.certified_dead(names["weight"], names["bias"], normalization=n).sum()
+        for n in (pixfuse.SIGNED, pixfuse.UNIT)
+    ]
+    assert dead[0] < dead[1]
+
+
+@pytest.mark.usefixtures("in_folder")
+def test_the_page_on_dead_units(capsys: pytest.CaptureFixture[str]) -> None:
+    """One program, whose sections go on from each other."""
+    names: dict[str, Any] = {"__name__": "dead_units"}
+    page = sections(DEAD_UNITS.read_text())
+    for heading in (name for name in page if page[name]):
+        for block in page[heading]:
+            assert re.search(r"^ *assert ", block, re.MULTILINE), heading
+            exec(compile(block, str(DEAD_UNITS), "exec"), names)
+    assert sum(len(blocks) for blocks in page.values()) == DEAD_UNITS.read_text().count("```") / 2
+    assert "over the last 20 of 30 steps" in capsys.readouterr().out
 
 
 def test_every_recipe_asserts_something() -> None:

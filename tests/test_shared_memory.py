@@ -6,6 +6,7 @@ import os
 import pickle
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import pixfuse
 from pixfuse import _shared_memory
-from tests.processes import wait_for
+from tests.processes import shared_mappings, wait_for
 
 BYTES = pixfuse.Collate(dtype=torch.uint8)
 
@@ -247,3 +248,89 @@ def test_persistent_workers_and_early_breaks() -> None:
             del images
             if number == 5:
                 break
+
+
+# --- what the receiver keeps mapped ---
+
+
+class Unlabelled(Plain):
+    def __getitem__(self, index: int) -> Any:
+        return super().__getitem__(index)[0]
+
+
+def count_new_mappings(monkeypatch: pytest.MonkeyPatch, epochs: int = 1) -> int:
+    """Of 50 batches per epoch, each of one tensor and dropped before the next one."""
+    new: list[int] = []
+    storages: Any = torch.UntypedStorage
+    theirs = storages._new_shared_fd_cpu
+
+    def counting(fd: int, size: int) -> Any:
+        new.append(size)
+        return theirs(fd, size)
+
+    monkeypatch.setattr(storages, "_new_shared_fd_cpu", counting)
+    loader = DataLoader(
+        Unlabelled(200),
+        batch_size=4,
+        collate_fn=BYTES,
+        num_workers=1,
+        persistent_workers=epochs > 1,
+    )
+    for _ in range(epochs):
+        for number, images in enumerate(loader):
+            assert bool((images == torch.arange(4 * number, 4 * number + 4).view(4, 1, 1, 1)).all())
+            del images
+    return len(new)
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_a_block_is_mapped_once(monkeypatch: pytest.MonkeyPatch, epochs: int) -> None:
+    gc.collect()
+    before = shared_mappings()
+    assert count_new_mappings(monkeypatch, epochs) <= 5
+    gc.collect()
+    assert shared_mappings() == before  # they went with the worker
+    assert len(_shared_memory._mapped) == 0
+
+
+def test_mapping_every_batch_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_shared_memory, "_keep_mapped", lambda *arguments: None)
+    assert count_new_mappings(monkeypatch) > 40
+
+
+def test_leaving_early_unmaps() -> None:
+    iterator = iter(loader_of(BYTES))
+    for _ in range(4):
+        next(iterator)
+    assert shared_mappings() > 0
+    del iterator
+    gc.collect()
+    assert shared_mappings() == 0
+
+
+class Child:
+    """What is needed of a process object."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+
+
+def test_few_blocks_of_a_living_worker_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_shared_memory, "_mapped", weakref.WeakKeyDictionary())
+    worker = Child(7)
+    children = {worker, Child(8)}
+    monkeypatch.setattr("multiprocessing.process._children", children)
+    most = _shared_memory._MOST_BLOCKS
+    storages = [torch.UntypedStorage(64) for _ in range(most + 1)]
+    for storage in (*storages[:most], storages[0], storages[most]):
+        _shared_memory._keep_mapped(storage, 7)
+    _shared_memory._keep_mapped(storages[1], 9)  # of nobody's
+    (kept,) = _shared_memory._mapped.values()
+    # The second one was not used for longest.
+    assert {s.data_ptr() for s in kept.values()} == {
+        s.data_ptr() for s in storages if s is not storages[1]
+    }
+    children.clear()
+    del worker
+    gc.collect()
+    assert len(_shared_memory._mapped) == 0

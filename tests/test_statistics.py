@@ -1,5 +1,6 @@
 """`ChannelStatistics`: exact, whatever the order, the batches, the folds and the processes."""
 
+import contextlib
 import inspect
 import itertools
 import json
@@ -7,6 +8,7 @@ import math
 import random
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from decimal import Decimal, localcontext
 from fractions import Fraction
@@ -255,6 +257,77 @@ def test_results_keep_what_they_were_made_of() -> None:
         assert one == a
 
 
+def without_keys(images: list[torch.Tensor]) -> ChannelStatistics:
+    result = ChannelStatistics("train")
+    result.update(images)
+    return result
+
+
+def test_keys_for_all_images_or_for_none(tmp_path: Path) -> None:
+    """A fingerprint of some would be that of other data, and a difference could not be loaded."""
+    images = dataset(6)
+    keyed, plain = statistics_of(images[:3], "train"), without_keys(images[3:])
+    for statistics, keys, message in (
+        (keyed, None, "got none after 3 images with some"),
+        (plain, ["new"], "got some after 3 images with none"),
+    ):
+        before = statistics._to_dict()
+        with pytest.raises(
+            ValueError, match=f"expected keys for all images or for none, {message}"
+        ):
+            statistics.update(images[:1], keys=keys)
+        assert statistics._to_dict() == before
+    for combine, sign in ((ChannelStatistics.__add__, r"\+"), (ChannelStatistics.__sub__, "-")):
+        for a, b, got in ((keyed, plain, "keys and none"), (plain, keyed, "none and keys")):
+            with pytest.raises(ValueError, match=f"expected {sign} of .* or both none, got {got}"):
+                combine(a, b)
+    nothing = ChannelStatistics("train")
+    for statistics in (keyed, plain):
+        combined = [statistics, statistics + nothing, nothing + statistics, statistics - nothing]
+        for number, one in enumerate(combined):
+            one.save(tmp_path / f"{number}.json")
+            assert ChannelStatistics.load(tmp_path / f"{number}.json") == statistics
+
+
+@hypothesis.given(data=st.data())
+def test_whatever_can_be_made_can_be_saved_and_loaded(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Sums of what overlaps and differences of what looks the same among them."""
+    image = torch.zeros(1, 1, 1, 1, dtype=torch.uint8)
+    draw = data.draw
+    with_keys = draw(st.booleans())
+    pool = [ChannelStatistics("train")]
+    for _ in range(draw(st.integers(1, 8))):
+        chosen = draw(st.lists(st.sampled_from("abcd")))
+        one = ChannelStatistics("train")
+        for key in sorted(set(chosen)):
+            one.update(image, keys=[key] if with_keys else None)
+        pool.append(one)
+        a, b = (draw(st.sampled_from(pool)) for _ in range(2))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            pool.append(a + b)
+        with contextlib.suppress(ValueError):  # not all of them are a part of the other
+            pool.append(a - b)
+    path = tmp_path_factory.mktemp("saved") / "stats.json"
+    for statistics in pool:
+        statistics.save(path)
+        assert ChannelStatistics.load(path) == statistics
+
+
+def test_a_difference_with_more_keys_than_images_is_refused() -> None:
+    image = torch.zeros(1, 1, 1, 1, dtype=torch.uint8)
+    alike, part = ChannelStatistics("train"), ChannelStatistics("train")
+    for key in "abcd":
+        alike.update(image, keys=[key])
+    part.update(image, keys=["a"])
+    with pytest.warns(UserWarning, match="1 images in common"):
+        twice = part + part
+    with pytest.raises(ValueError, match=r"of what was counted, got 2 images left for 3 keys$"):
+        alike - twice
+
+
 def test_overlap_is_warned_of() -> None:
     images = dataset(4)
     a, b = statistics_of(images[:3], "train"), statistics_of(images[2:], "test")
@@ -366,6 +439,7 @@ def test_a_file_that_is_not_json(tmp_path: Path) -> None:
 
 PROCESS = """
 import sys
+import warnings
 import torch
 from tests.test_statistics import dataset, names
 from pixfuse import ChannelStatistics

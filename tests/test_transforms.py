@@ -123,6 +123,68 @@ def test_pillow_is_v1(mode: str) -> None:
         assert_same_bits(ours, plain(theirs))
 
 
+PER_IMAGE = [
+    pixfuse.PerImageStandardization(),
+    pixfuse.PerImageStandardization(per_channel=True, floor=20),
+]
+
+
+@pytest.mark.parametrize("per_image", PER_IMAGE)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_standardized_as_the_function_does(
+    channels: int, dtype: torch.dtype, per_image: pixfuse.PerImageStandardization
+) -> None:
+    """Every image and every frame by its own mean and std, whatever holds it."""
+    transform = ToNormalized(per_image, dtype)
+
+    def expected(pixels: torch.Tensor) -> torch.Tensor:
+        whole = pixels.reshape(-1, *pixels.shape[-3:])
+        standardized = pixfuse.standardize_per_image(
+            whole, per_image.per_channel, per_image.floor, dtype=dtype
+        )
+        again = pixfuse.reference.standardize_per_image(
+            whole, per_image.per_channel, per_image.floor, dtype=dtype
+        )
+        assert_same_bits(standardized, again)
+        return standardized.view(pixels.shape)
+
+    for kind, make in INPUTS.items():
+        image = make(channels)
+        pixels = plain(v2.functional.to_image(image) if "array" in kind else image)
+        ours = transform(image)
+        assert_same_bits(ours.as_subclass(torch.Tensor), expected(pixels))
+        assert type(ours) is (type(image) if kind.endswith(("Image", "Video")) else torch.Tensor)
+    for mode in (mode for mode, count in MODES.items() if count == channels):
+        image = pillow(mode, 17, 31)
+        pixels = plain(v2.functional.to_image(image))
+        assert_same_bits(transform((image, 3))[0], expected(pixels))
+
+
+def test_standardized_in_a_pipeline() -> None:
+    """Behind a crop: its pixels, not those of the image it came from."""
+    per_image = pixfuse.PerImageStandardization(floor=1.0)
+    image = pillow("RGB", 40, 40)
+    ours = v2.Compose([v2.CenterCrop(16), ToNormalized(per_image)])(image)
+    pixels = plain(v2.functional.center_crop(v2.functional.to_image(image), 16))
+    assert_same_bits(ours, pixfuse.standardize_per_image(pixels, floor=1.0))
+    again = pickle.loads(pickle.dumps(ToNormalized(per_image)))
+    assert repr(again) == (
+        "ToNormalized(PerImageStandardization(per_channel=False, floor=1.0), dtype=torch.float32)"
+    )
+    assert_same_bits(again(pixels), ours)
+
+
+def test_standardized_errors() -> None:
+    transform = ToNormalized(PER_IMAGE[0])
+    with pytest.raises(ValueError, match=r"^ToNormalized: expected images\[0\] to have pixels, "):
+        transform(np.zeros((0, 4, 3), np.uint8))
+    with pytest.raises(TypeError, match=r"^ToNormalized: expected a Pillow image of mode"):
+        transform(Image.new("CMYK", (3, 3)))
+    with pytest.raises(TypeError, match=r"^ToNormalized: expected normalization .*, got type"):
+        ToNormalized(pixfuse.PerImageStandardization)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("channels", [1, 3, 4])
 @pytest.mark.parametrize("kind", INPUTS)
 def test_input_is_v2(kind: str, channels: int) -> None:

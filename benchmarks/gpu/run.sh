@@ -4,7 +4,7 @@
 #
 #   benchmarks/gpu/run.sh          everything
 #   benchmarks/gpu/run.sh STEP     one of machine, build, memcheck, racecheck, benchmark, crops,
-#                                  tests
+#                                  convolutions, tests
 #
 # OUT     where the logs and the measured *_cuda.json go (default: build/gpu)
 # PYTHON  the interpreter that has torch with CUDA (default: python3)
@@ -79,13 +79,18 @@ sanitize() {
 }
 
 measure() {
-  "$PYTHON" -m benchmarks.bench_normalize_cuda --time-limit 140 \
+  "$PYTHON" -m benchmarks.bench_normalize_cuda --time-limit 90 \
     --output "$OUT/normalize_cuda.json"
 }
 
 measure_crops() {
   "$PYTHON" -m benchmarks.bench_crop_mirror_normalize_cuda --time-limit 50 \
     --output "$OUT/crop_mirror_normalize_cuda.json"
+}
+
+measure_convolutions() {
+  "$PYTHON" -m benchmarks.bench_conv_bias_relu_cuda --time-limit 50 \
+    --output "$OUT/conv_bias_relu_cuda.json"
 }
 
 run_tests() {
@@ -103,6 +108,7 @@ case "${1:-}" in
   memcheck | racecheck) sanitize "$1"; exit ;;
   benchmark) measure; exit ;;
   crops) measure_crops; exit ;;
+  convolutions) measure_convolutions; exit ;;
   tests) run_tests; exit ;;
   *) sed -n '2,/^set /{/^#/p}' "$SELF" >&2; exit 2 ;;
 esac
@@ -142,11 +148,12 @@ step machine 60
 if step build 200; then
   step memcheck 60
   step racecheck 60
-  step benchmark 180
+  step benchmark 120
   step crops 80
+  step convolutions 80
   step tests 300 # last: whatever time is left
 else
-  summary+=("NOT RUN  memcheck, racecheck, benchmark, crops, tests: pixfuse was not built")
+  summary+=("NOT RUN  memcheck, racecheck, benchmark, crops, convolutions, tests: pixfuse was not built")
 fi
 
 printf '%s\n' "" "Summary after $SECONDS s:" "${summary[@]}" | tee "$OUT/summary.log"

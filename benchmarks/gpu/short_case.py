@@ -3,7 +3,7 @@
     python -m benchmarks.gpu.short_case
 
 Every layout, type and output format, odd sizes, rows that end mid-vector, starts at odd addresses,
-pinned host memory, windows that leave their images.
+pinned host memory, windows that leave their images, convolutions of many shapes.
 The reference runs on the CPU, so that the GPU does little else than our kernels.
 """
 
@@ -82,8 +82,63 @@ def unequal_crops() -> tuple[int, int]:
     return len(cases), unequal
 
 
+def wrong_convolutions() -> tuple[int, int]:
+    """How many convolutions there are, and how many are far off or counted wrongly."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (
+        # channels, outputs, kernel, stride, padding, side
+        (3, 64, 7, 2, 3, 33),
+        (3, 70, 3, 1, 1, 17),
+        (1, 5, 1, 1, 0, 9),
+        (4, 96, 4, 4, 0, 35),
+        (3, 8, 16, 16, 0, 48),
+        (13, 33, 3, 1, 1, 11),
+    )
+    wrong = 0
+    cases = [(1, *case) for case in itertools.product(shapes, DTYPES, FORMATS)]
+    # cuDNN's own kernels take long to watch.
+    cases += [(2, *case) for case in itertools.product(shapes[-1:], DTYPES, FORMATS)]
+    for way, (channels, outputs, kernel, stride, padding, side), dtype, memory_format in cases:
+        images = torch.randint(
+            0, 256, (2, channels, side, side), dtype=torch.uint8, generator=generator
+        )
+        weight = torch.randn(outputs, channels, kernel, kernel, generator=generator)
+        weight = (weight / (channels * kernel**2) ** 0.5).to(dtype)
+        bias = torch.randn(outputs, generator=generator).to(dtype)
+        output, counts, _ = torch.ops.pixfuse.conv_bias_relu.default(
+            images.cuda().contiguous(memory_format=memory_format),
+            weight.cuda(),
+            bias.cuda(),
+            [stride] * 2,
+            [padding] * 4,
+            [1, 1],
+            1,
+            [0.5],
+            [0.5],
+            0,
+            DTYPES.index(dtype),
+            memory_format is torch.channels_last,
+            False,
+            way,
+        )
+        values = pixfuse.reference.normalize(images, pixfuse.SIGNED, dtype=dtype)
+        expected, _ = pixfuse.reference.conv_bias_relu(values, weight, bias, stride, padding)
+        result = output.cpu()
+        near = torch.allclose(result.double(), expected.double(), rtol=0.02, atol=0.02)
+        if not near or not torch.equal(counts[0].cpu(), (result > 0).sum((0, 2, 3))):
+            wrong += 1
+            print(
+                f"wrong: convolution {channels} to {outputs}, {kernel}, {dtype} {memory_format} "
+                f"way {way}",
+                file=sys.stderr,
+            )
+    return len(cases), wrong
+
+
 def main() -> int:
     count, unequal = unequal_crops()
+    convolutions, wrong = wrong_convolutions()
+    count, unequal = count + convolutions, unequal + wrong
     pinned = torch.randint(0, 256, (2, 3, 33, 47), dtype=torch.uint8).pin_memory()
     mean, std = pixfuse.IMAGENET.mean, pixfuse.IMAGENET.std
     read = torch.ops.pixfuse.normalize_pinned(pinned, mean, std, 0, 0, 0, 0, 0)

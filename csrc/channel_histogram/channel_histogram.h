@@ -12,7 +12,8 @@ namespace pixfuse {
 
 constexpr int kByteValues = 256;
 
-// One call. Sizes and strides are N, C, H, W; strides count bytes, 0 or more.
+// One call. Sizes and strides are N, C, H, W; strides count bytes, 0 or more; that of
+// the channels may be negative.
 struct ChannelHistogramArgs {
   const uint8_t* images;
   int64_t sizes[4];
@@ -27,3 +28,8 @@ int32_t channel_histogram_cpu(const ChannelHistogramArgs& args, ParallelFor para
 int channel_histogram_cuda(const ChannelHistogramArgs& args, void* stream);
 
 }  // namespace pixfuse
+
+// channel_histogram_cpu on torch's threads: what the module of Python's images calls in the CPU
+// library.
+extern "C" __attribute__((visibility("default"))) int32_t
+pixfuse_channel_histogram(const pixfuse::ChannelHistogramArgs* args);

@@ -1,4 +1,7 @@
 // Picks the instruction set, splits the work over threads.
+#include <atomic>
+#include <new>
+
 #include "channel_histogram/channel_histogram_loop.h"
 #include "common/isa.h"
 
@@ -8,7 +11,26 @@ namespace {
 // A thread clears and adds up tables of its own, which costs about as much as counting this many.
 constexpr int64_t kGrainElements = 131072;
 
-using Loop = void (*)(const HistogramRows&, int64_t first, int64_t last);
+using Loop = void (*)(const HistogramRows&, int64_t first, int64_t last, PairTables* pairs);
+
+// Tables that wait for the next call: to allocate and to clear them takes as long as to count a
+// small image. Without a lock, so that a process may fork at any time.
+std::atomic<PairTables*> idle_tables[8];
+
+PairTables* take_tables() {
+  for (std::atomic<PairTables*>& idle : idle_tables) {
+    if (PairTables* tables = idle.exchange(nullptr, std::memory_order_acquire)) return tables;
+  }
+  return new (std::nothrow) PairTables();  // or null: then the loop does without
+}
+
+void give_tables_back(PairTables* tables) {
+  for (std::atomic<PairTables*>& idle : idle_tables) {
+    PairTables* none = nullptr;
+    if (idle.compare_exchange_strong(none, tables, std::memory_order_release)) return;
+  }
+  delete tables;
+}
 
 Loop loop_for(Isa isa) {
   switch (isa) {
@@ -41,19 +63,25 @@ int32_t channel_histogram_cpu(const ChannelHistogramArgs& args, ParallelFor para
          args.sizes[C],
          args.strides[C],
          {args.sizes[N], args.sizes[H], args.sizes[W]},
-         {args.strides[N], args.strides[H], args.strides[W]}},
+         {args.strides[N], args.strides[H], args.strides[W]},
+         false},
         loop_for(active_isa())};
   make_long_rows(job.rows.sizes, job.rows.strides, 3);
 
   const auto body = [](int64_t first, int64_t last, void* context) {
     const Job& job = *static_cast<const Job*>(context);
-    job.loop(job.rows, first, last);
+    const int64_t width = job.rows.sizes[2];
+    const int64_t pixels = width < kHistogramBlockPixels ? width : kHistogramBlockPixels;
+    PairTables* pairs = (last - first) * pixels >= kPairedPixels ? take_tables() : nullptr;
+    job.loop(job.rows, first, last, pairs);
+    if (pairs != nullptr) give_tables_back(pairs);
   };
   const auto& sizes = job.rows.sizes;
   const int64_t blocks = sizes[0] * sizes[1] * blocks_per_row(job.rows);
   const int64_t row_pixels = sizes[2] < kHistogramBlockPixels ? sizes[2] : kHistogramBlockPixels;
   const int64_t grain = 1 + kGrainElements / (row_pixels * args.sizes[C]);
   if (blocks <= grain) {
+    job.rows.alone = true;
     body(0, blocks, &job);
     return 0;
   }

@@ -19,6 +19,10 @@ Tensor channel_histogram(const Tensor& images, int64_t input_layout) {
 }  // namespace
 }  // namespace pixfuse
 
+int32_t pixfuse_channel_histogram(const pixfuse::ChannelHistogramArgs* args) {
+  return pixfuse::channel_histogram_cpu(*args, torch_parallel_for);
+}
+
 STABLE_TORCH_LIBRARY_FRAGMENT(pixfuse, m) {
   m.def("channel_histogram(Tensor images, int input_layout) -> Tensor");
 }

@@ -16,7 +16,8 @@
 
 namespace pixfuse {
 
-// What became of each output channel; every pointer has room for one number per channel.
+// What became of each output channel; every pointer has room for one number per channel. On the CPU
+// it is added to, on CUDA it is written.
 struct ChannelActivity {
   int64_t* active;         // outputs above 0
   int64_t* active_images;  // images with such an output
@@ -59,11 +60,50 @@ struct ReluCountArgs {
   ElementType input_type, output_type;  // unless is_float64
   int64_t images, channels, pixels;
   bool channels_last;
-  ChannelActivity activity;  // is added to
+  ChannelActivity activity;
 };
 
 // Both return what `parallel_for` returned: 0 when all went well. The same bits for any split.
 int32_t conv_bias_relu_cpu(const ConvBiasReluArgs& args, ParallelFor parallel_for);
 int32_t relu_count_cpu(const ReluCountArgs& args, ParallelFor parallel_for);
+
+// --- CUDA ---
+
+// How the kernel multiplies, always summing up in float32: as IEEE 754 has it, or on tensor cores
+// with operands rounded to one of three types.
+enum class Multiplication : int32_t { ieee = 0, tf32 = 1, float16 = 2, bfloat16 = 3 };
+
+// Weights and bias as they come, of one type; bytes become float32 by the normalization, then what
+// the multiplication takes.
+struct ConvBiasReluCudaArgs {
+  ConvBiasReluArgs call;  // but its weight, bias and, beyond kMaxCudaByteChannels, its channels
+  ElementType weight_type;
+  const void* weight;
+  const void* bias;  // [O], or null
+  int64_t groups;
+  Multiplication multiplication;
+  int64_t blocks;  // at least as many as there are tiles for; 0 for what suits large GPUs
+  void* scratch;   // conv_bias_relu_cuda_scratch_bytes of device memory
+};
+
+// Channels of bytes whose normalization fits the parameters of a launch.
+constexpr int64_t kMaxCudaByteChannels = 32;
+
+// The bias that the last pass adds before ReLU, since a convolution of cuDNN would add it in a pass
+// of its own; and memory of the device.
+struct ReluCountCudaArgs {
+  ReluCountArgs call;  // input and output may be one
+  const void* bias;    // [channels], or null; float64 if all are
+  ElementType bias_type;
+  void* scratch;  // relu_count_cuda_scratch_bytes of device memory
+};
+
+int64_t conv_bias_relu_cuda_scratch_bytes(const ConvBiasReluCudaArgs& args);
+int64_t relu_count_cuda_scratch_bytes(const ReluCountArgs& args);
+
+// Both enqueue on `stream` (a cudaStream_t) of the current device and return a cudaError_t. The
+// same bits in every run.
+int conv_bias_relu_cuda(const ConvBiasReluCudaArgs& args, void* stream);
+int relu_count_cuda(const ReluCountCudaArgs& args, void* stream);
 
 }  // namespace pixfuse

@@ -10,7 +10,8 @@
 
 namespace pixfuse {
 
-// One call. Sizes and strides are N, C, H, W; strides count bytes, 0 or more.
+// One call. Sizes and strides are N, C, H, W; strides count bytes, 0 or more; that of
+// the channels may be negative.
 struct ImageMomentsArgs {
   const uint8_t* images;
   int64_t sizes[4];
@@ -26,3 +27,8 @@ int32_t image_moments_cpu(const ImageMomentsArgs& args, ParallelFor parallel_for
 int image_moments_cuda(const ImageMomentsArgs& args, void* stream);
 
 }  // namespace pixfuse
+
+// image_moments_cpu on torch's threads: what the module of Python's images calls in the CPU
+// library.
+extern "C" __attribute__((visibility("default"))) int32_t
+pixfuse_image_moments(const pixfuse::ImageMomentsArgs* args);

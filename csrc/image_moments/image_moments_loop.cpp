@@ -40,12 +40,13 @@ class Sums {
     add_steps(rest, 1);
   }
 
-  // Adds to the sums of `channels` channels, atomically, and starts anew.
-  void add_to(int64_t* sums, int64_t* squares, int64_t channels) {
+  // Adds to the sums of `channels` channels, whose bytes are `step` apart, atomically, and starts
+  // anew.
+  void add_to(int64_t* sums, int64_t* squares, int64_t channels, int64_t step) {
     flush();
     for (int64_t c = 0; c < channels; ++c) {
       int64_t sum = 0, square = 0;
-      for (int64_t lane = c; lane < kPeriod; lane += channels) {
+      for (int64_t lane = c; lane < kPeriod; lane += step) {
         sum += sums_[lane];
         square += squares_[lane];
       }
@@ -126,21 +127,25 @@ void sum_channel(const ImageMomentsArgs& args, const uint8_t* image, int64_t c, 
       total.add_run(run, length);
     }
   }
-  total.add_to(sums + c, squares + c, 1);
+  total.add_to(sums + c, squares + c, 1, 1);
 }
 
-// Blocks of one image whose pixels have all their channels, and nothing else, side by side.
+// Blocks of one image whose pixels have all their channels side by side, and nothing else or a byte
+// that does not count between them.
 template <int kVectors>
 void sum_pixels(const ImageMomentsArgs& args, const uint8_t* image, int64_t first, int64_t last,
                 int64_t* sums, int64_t* squares) {
   Sums<kVectors> total;
   const int64_t per_row = blocks_per_row(args), width = args.sizes[3], channels = args.sizes[1];
+  const int64_t step = args.strides[3];
   for (int64_t block = first; block < last; ++block) {
     const int64_t w = (block % per_row) * kMomentsBlockPixels;
     const int64_t count = width - w < kMomentsBlockPixels ? width - w : kMomentsBlockPixels;
-    total.add_run(image + block / per_row * args.strides[2] + w * channels, count * channels);
+    // What follows the last channel of the last pixel may not be there.
+    total.add_run(image + block / per_row * args.strides[2] + w * step,
+                  (count - 1) * step + channels);
   }
-  total.add_to(sums, squares, channels);
+  total.add_to(sums, squares, channels, step);
 }
 
 }  // namespace
@@ -148,15 +153,17 @@ void sum_pixels(const ImageMomentsArgs& args, const uint8_t* image, int64_t firs
 void image_moments_loop(const ImageMomentsArgs& args, int64_t first, int64_t last) {
   const int64_t channels = args.sizes[1];
   const int64_t per_image = args.sizes[2] * blocks_per_row(args);
-  const bool pixels = channels > 1 && args.strides[1] == 1 && args.strides[3] == channels;
+  const int64_t step = args.strides[3];
+  const bool pixels =
+      channels > 1 && args.strides[1] == 1 && (step == channels || (step == 4 && channels == 3));
   while (first < last) {
     const int64_t n = first / per_image, begin = first % per_image;
     const int64_t left = last - n * per_image, end = left < per_image ? left : per_image;
     const uint8_t* image = args.images + n * args.strides[0];
     int64_t *sums = args.sums + n * channels, *squares = args.squares + n * channels;
-    if (pixels && Sums<1>::kPeriod % channels == 0) {
+    if (pixels && Sums<1>::kPeriod % step == 0) {
       sum_pixels<1>(args, image, begin, end, sums, squares);
-    } else if (pixels && Sums<3>::kPeriod % channels == 0) {
+    } else if (pixels && Sums<3>::kPeriod % step == 0) {
       sum_pixels<3>(args, image, begin, end, sums, squares);
     } else {
       for (int64_t c = 0; c < channels; ++c) {

@@ -22,6 +22,10 @@ std::tuple<Tensor, Tensor> image_moments(const Tensor& images, int64_t input_lay
 }  // namespace
 }  // namespace pixfuse
 
+int32_t pixfuse_image_moments(const pixfuse::ImageMomentsArgs* args) {
+  return pixfuse::image_moments_cpu(*args, torch_parallel_for);
+}
+
 STABLE_TORCH_LIBRARY_FRAGMENT(pixfuse, m) {
   m.def("image_moments(Tensor images, int input_layout) -> (Tensor, Tensor)");
 }

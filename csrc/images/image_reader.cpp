@@ -10,31 +10,6 @@ namespace {
 namespace py = pybind11;
 using std::string_view;
 
-// --- errors ---
-
-// "crop_mirror_normalize: expected images[3] <expectation>"
-std::string message(Py_ssize_t index, const std::string& expectation) {
-  return std::string(kCropMirrorNormalize) + ": expected images[" + std::to_string(index) + "] " +
-         expectation;
-}
-
-[[noreturn]] void raise(PyObject* type, Py_ssize_t index, const std::string& expectation) {
-  PyErr_SetString(type, message(index, expectation).c_str());
-  throw py::error_already_set();
-}
-
-// The same kind of error, with the original as its cause, and the image named.
-[[noreturn]] void raise_unreadable(py::error_already_set& error, Py_ssize_t index) {
-  if (!error.matches(PyExc_Exception) || error.matches(PyExc_MemoryError)) throw error;
-  PyObject* type = error.matches(PyExc_OSError) ? PyExc_OSError : PyExc_ValueError;
-  const std::string got = py::str(error.value());
-  const std::string kind = py::str(error.type().attr("__name__"));
-  py::raise_from(
-      error, type,
-      message(index, "to be an image that Pillow can read, got " + kind + ": " + got).c_str());
-  throw py::error_already_set();
-}
-
 std::string type_name(PyObject* object) { return Py_TYPE(object)->tp_name; }
 
 py::object attribute(PyObject* object, const char* name) {
@@ -50,13 +25,6 @@ py::object call(PyObject* object, PyObject* method, Arguments... arguments) {
       method, stack, sizeof stack / sizeof *stack | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr));
   if (!value) throw py::error_already_set();
   return value;
-}
-
-void check_not_empty(const ImageSource& image, Py_ssize_t index) {
-  if (image.height > 0 && image.width > 0 && image.channels > 0) return;
-  raise(PyExc_ValueError, index,
-        "to have pixels, got " + std::to_string(image.height) + " x " +
-            std::to_string(image.width) + " of " + std::to_string(image.channels) + " channels");
 }
 
 // The class, if its module has been imported; without that there are no objects of it.
@@ -167,9 +135,41 @@ int64_t integer(PyObject* number) {
   return value;
 }
 
+}  // namespace
+
+// --- errors ---
+
+std::string ImageReader::message(Py_ssize_t index, const std::string& expectation) const {
+  return function_ + ": expected images[" + std::to_string(index) + "] " + expectation;
+}
+
+void ImageReader::raise(PyObject* type, Py_ssize_t index, const std::string& expectation) const {
+  PyErr_SetString(type, message(index, expectation).c_str());
+  throw py::error_already_set();
+}
+
+// The same kind of error, with the original as its cause, and the image named.
+void ImageReader::raise_unreadable(py::error_already_set& error, Py_ssize_t index) const {
+  if (!error.matches(PyExc_Exception) || error.matches(PyExc_MemoryError)) throw error;
+  PyObject* type = error.matches(PyExc_OSError) ? PyExc_OSError : PyExc_ValueError;
+  const std::string got = py::str(error.value());
+  const std::string kind = py::str(error.type().attr("__name__"));
+  py::raise_from(
+      error, type,
+      message(index, "to be an image that Pillow can read, got " + kind + ": " + got).c_str());
+  throw py::error_already_set();
+}
+
+void ImageReader::check_not_empty(const ImageSource& image, Py_ssize_t index) const {
+  if (image.height > 0 && image.width > 0 && image.channels > 0) return;
+  raise(PyExc_ValueError, index,
+        "to have pixels, got " + std::to_string(image.height) + " x " +
+            std::to_string(image.width) + " of " + std::to_string(image.channels) + " channels");
+}
+
 // What a tensor's storage holds. Fake tensors, those of torch.vmap and other subclasses have none,
 // and a storage may have been given back by its owner.
-ByteSpan memory_of(PyObject* tensor, Py_ssize_t index) {
+ByteSpan ImageReader::memory_of(PyObject* tensor, Py_ssize_t index) const {
   const Names& name = names();
   try {
     const py::object storage = call(tensor, name.untyped_storage);
@@ -184,10 +184,11 @@ ByteSpan memory_of(PyObject* tensor, Py_ssize_t index) {
   }
 }
 
-}  // namespace
+// --- reading ---
 
-ImageReader::ImageReader(bool arrow)
+ImageReader::ImageReader(bool arrow, std::string function)
     : arrow_(arrow),
+      function_(std::move(function)),
       pillow_type_(imported_class("PIL.Image", "Image")),
       numpy_type_(imported_class("numpy", "ndarray")),
       tensor_type_(imported_class("torch", "Tensor")),
@@ -214,16 +215,20 @@ ImageSource ImageReader::read_pillow(PyObject* original, Py_ssize_t index, Holde
   const Names& name = names();
   auto image = py::reinterpret_borrow<py::object>(original);
   const Mode* mode = nullptr;
+  py::object mode_name;
   try {
     call(image.ptr(), name.load);  // a lazy file may change its mode and its size here
-    const py::object mode_name = attribute(image.ptr(), name.mode);
+    mode_name = attribute(image.ptr(), name.mode);
     mode = find_mode(text_of(mode_name));
-    if (mode == nullptr) {
-      raise(PyExc_TypeError, index,
-            "of a Pillow mode with 8 bits per channel, got mode " +
-                std::string(py::repr(mode_name)) +
-                "; convert it, for example with image.convert(\"RGB\"), where its range is known");
-    }
+  } catch (py::error_already_set& error) {
+    raise_unreadable(error, index);
+  }
+  if (mode == nullptr) {
+    raise(PyExc_TypeError, index,
+          "of a Pillow mode with 8 bits per channel, got mode " + std::string(py::repr(mode_name)) +
+              "; convert it, for example with image.convert(\"RGB\"), where its range is known");
+  }
+  try {
     const Mode* wanted = mode;
     if (mode->name == "P" && py::cast<bool>(image.attr("has_transparency_data"))) {
       wanted = find_mode("PA");
@@ -234,7 +239,6 @@ ImageSource ImageReader::read_pillow(PyObject* original, Py_ssize_t index, Holde
     }
     mode = wanted;
   } catch (py::error_already_set& error) {
-    if (mode == nullptr && error.matches(PyExc_TypeError)) throw;
     raise_unreadable(error, index);
   }
 
@@ -330,7 +334,7 @@ ImageSource ImageReader::read_tensor(PyObject* image, Py_ssize_t index, Holder& 
   const py::object stride = call(alias.ptr(), name.stride);
   if (PyTuple_GET_SIZE(shape.ptr()) != 3) {
     raise(PyExc_ValueError, index,
-          "to be a tensor of shape (C, H, W), got " +
+          "to be a tensor of shape (C, H, W), got shape " +
               std::string(py::str(py::tuple(py::list(shape)))) +
               "; a batch goes in alone, without a list around it");
   }

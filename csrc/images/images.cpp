@@ -1,22 +1,43 @@
 // The Python module pixfuse._images: from a list of Python's images to pointers and strides, and on
-// to crop_mirror_normalize without the GIL. Nothing is copied that can be read in place, nothing is
-// ever written, and an ImageList holds what keeps the memory alive.
-// What each kind of image is read as stands in image_reader.cpp.
+// to crop_mirror_normalize, channel_histogram and image_moments without the GIL. Nothing is copied
+// that can be read in place, nothing is ever written, and an ImageList holds what keeps the memory
+// alive. What each kind of image is read as stands in image_reader.cpp.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <array>
 #include <cstdint>
+#include <cstring>
+#include <string>
 #include <vector>
 
+#include "channel_histogram/channel_histogram.h"
 #include "crop_mirror_normalize/crop_mirror_normalize_args.h"
+#include "image_moments/image_moments.h"
 #include "images/image_reader.h"
 
 namespace pixfuse {
 namespace {
 
 namespace py = pybind11;
+
+// Rows and pixels in the order in which they lie: for what may visit them in any.
+template <class Args>
+Args forward(const ImageSource& image) {
+  Args args{};
+  const int64_t sizes[4] = {1, image.channels, image.height, image.width};
+  const int64_t strides[4] = {0, image.channel_stride, image.row_stride, image.pixel_stride};
+  args.images = image.pixels;
+  for (int d = 0; d < 4; ++d) {
+    args.sizes[d] = sizes[d];
+    args.strides[d] = strides[d];
+    if (d < 2 || strides[d] >= 0) continue;
+    args.images += (sizes[d] - 1) * strides[d];
+    args.strides[d] = -strides[d];
+  }
+  return args;
+}
 
 class ImageList {
  public:
@@ -65,17 +86,76 @@ class ImageList {
     check(error == 0, kCropMirrorNormalize, "torch's threads to run the loop");
   }
 
+  // (C, 256) of all images, or with `each` (N, C, 256). All have as many channels, 1 or more.
+  py::array_t<int64_t> channel_histogram(bool each) const {
+    constexpr const char* kName = "channel_histogram";
+    const int64_t per_image = common_channels(kName) * kByteValues;
+    py::array_t<int64_t> counts =
+        each ? zeros({static_cast<py::ssize_t>(size()), per_image / kByteValues, kByteValues})
+             : zeros({per_image / kByteValues, kByteValues});
+    int64_t* to = counts.mutable_data();
+    int32_t error = 0;
+    {
+      const py::gil_scoped_release released;
+      for (const ImageSource& image : sources_) {
+        auto args = forward<ChannelHistogramArgs>(image);
+        args.counts = to;
+        error = error != 0 ? error : pixfuse_channel_histogram(&args);
+        if (each) to += per_image;
+      }
+    }
+    check(error == 0, kName, "torch's threads to run the loop");
+    return counts;
+  }
+
+  // (2, N, C): sums, and sums of squares. All images have as many channels.
+  py::array_t<int64_t> image_moments() const {
+    constexpr const char* kName = "image_moments";
+    const auto channels = static_cast<py::ssize_t>(common_channels(kName));
+    const auto count = static_cast<py::ssize_t>(size());
+    py::array_t<int64_t> moments = zeros({2, count, channels});
+    int64_t *sums = moments.mutable_data(), *squares = sums + count * channels;
+    int32_t error = 0;
+    {
+      const py::gil_scoped_release released;
+      for (const ImageSource& image : sources_) {
+        auto args = forward<ImageMomentsArgs>(image);
+        args.sums = sums;
+        args.squares = squares;
+        error = error != 0 ? error : pixfuse_image_moments(&args);
+        sums += channels;
+        squares += channels;
+      }
+    }
+    check(error == 0, kName, "torch's threads to run the loop");
+    return moments;
+  }
+
  private:
+  static py::array_t<int64_t> zeros(const std::vector<py::ssize_t>& shape) {
+    py::array_t<int64_t> array(shape);
+    std::memset(array.mutable_data(), 0, static_cast<size_t>(array.nbytes()));
+    return array;
+  }
+
+  int64_t common_channels(const char* function) const {
+    check(!sources_.empty(), function, "images to have at least 1 image, got none");
+    for (const ImageSource& image : sources_) {
+      check(image.channels == sources_[0].channels, function, "images of one channel count");
+    }
+    return sources_[0].channels;
+  }
+
   std::vector<ImageSource> sources_;
   std::vector<Holder> holders_;
 };
 
-ImageList read(const py::object& images, bool arrow) {
+ImageList read(const py::object& images, bool arrow, const std::string& function) {
   // A tuple of our own: another thread may change a list meanwhile.
   const auto items = py::reinterpret_steal<py::object>(PySequence_Tuple(images.ptr()));
   if (!items) throw py::error_already_set();
   const auto count = PyTuple_GET_SIZE(items.ptr());
-  ImageReader reader(arrow);
+  ImageReader reader(arrow, function);
   std::vector<ImageSource> sources;
   std::vector<Holder> holders;
   sources.reserve(static_cast<size_t>(count));
@@ -93,13 +173,16 @@ ImageList read(const py::object& images, bool arrow) {
 PYBIND11_MODULE(_images, m) {
   namespace py = pybind11;
   using pixfuse::ImageList;
-  m.doc() = "Python's images as memory: see pixfuse.crop_mirror_normalize.";
-  m.def("read", &pixfuse::read, py::arg("images"), py::arg("arrow"));
+  m.doc() = "Python's images as memory: see pixfuse.crop_mirror_normalize and channel_histogram.";
+  m.def("read", &pixfuse::read, py::arg("images"), py::arg("arrow"),
+        py::arg("function") = pixfuse::kCropMirrorNormalize);
   py::class_<ImageList>(m, "ImageList")
       .def("__len__", &ImageList::size)
       .def_property_readonly("sizes", &ImageList::sizes)
       .def("crop_mirror_normalize", &ImageList::crop_mirror_normalize, py::arg("placements"),
            py::arg("channels"), py::arg("height"), py::arg("width"), py::arg("mean"),
            py::arg("std"), py::arg("rounding"), py::arg("fill"), py::arg("fill_is_output"),
-           py::arg("dtype"), py::arg("output"), py::arg("output_strides"), py::arg("mask"));
+           py::arg("dtype"), py::arg("output"), py::arg("output_strides"), py::arg("mask"))
+      .def("channel_histogram", &ImageList::channel_histogram, py::arg("each"))
+      .def("image_moments", &ImageList::image_moments);
 }

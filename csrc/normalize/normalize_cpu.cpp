@@ -44,8 +44,9 @@ int32_t normalize_cpu(const NormalizeArgs& original, ParallelFor parallel_for) {
   };
   const auto& sizes = job.args.sizes;
   const int64_t blocks = sizes[0] * sizes[2] * blocks_per_row(job.args);
-  const int64_t row_pixels = sizes[3] < kBlockPixels ? sizes[3] : kBlockPixels;
-  const int64_t grain = 1 + kGrainElements / (row_pixels * sizes[1]);
+  const int64_t most_pixels = block_pixels(job.args);
+  const int64_t pixels = sizes[3] < most_pixels ? sizes[3] : most_pixels;
+  const int64_t grain = 1 + kGrainElements / (pixels * sizes[1]);
   if (blocks <= grain) {
     body(0, blocks, &job);
     return 0;

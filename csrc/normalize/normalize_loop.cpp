@@ -274,6 +274,11 @@ inline uint8_t* bytes_of(T*) {
   return nullptr;
 }
 
+// Planes up to this size that are read where they lie are converted one after the other, whole: the
+// batch is then read and written from end to end. Larger ones take turns, block by block: beyond
+// the caches several streams through memory are faster than one.
+constexpr int64_t kWholePlanePixels = 16384;
+
 // The results of a channel lie side by side.
 template <class T>
 void normalize_planar(const NormalizeArgs& args, const uint8_t* in, T* out, int64_t count,
@@ -284,8 +289,8 @@ void normalize_planar(const NormalizeArgs& args, const uint8_t* in, T* out, int6
   const int distinct = in_channel == 0 ? 1 : group;  // one channel, repeated
   const Pixels pixels = pixels_of(args, in, count);
   const bool forward = in_channel == 1, backward = in_channel == -1;  // within the pixel
-  alignas(64) uint8_t runs[kMaxGroup][kBlockPixels];
-  alignas(64) uint8_t turned[kMaxGroup][kBlockPixels];
+  alignas(64) uint8_t runs[kMaxGroup][kMaxBlockPixels];
+  alignas(64) uint8_t turned[kMaxGroup][kMaxBlockPixels];
 
   for (int64_t first = 0; first < channels; first += group) {
     const uint8_t* source[kMaxGroup];
@@ -339,7 +344,7 @@ void normalize_interleaved(const NormalizeArgs& args, const uint8_t* in, T* out,
   const bool backward = in_channel == -1;
   const bool together = in_channel == 1 || backward;  // the channels of a pixel
   const uint8_t* lowest = from.lowest - (backward ? channels - 1 : 0);
-  alignas(64) uint8_t staged[Cycle::kMaxChannels * kBlockPixels];
+  alignas(64) uint8_t staged[Cycle::kMaxChannels * kMaxBlockPixels];
   // What is written backwards goes to the cache first.
   uint8_t* const pixels = bytes_of(out) != nullptr && !from.mirrored ? bytes_of(out) : staged;
 
@@ -353,14 +358,14 @@ void normalize_interleaved(const NormalizeArgs& args, const uint8_t* in, T* out,
   } else if (channels == 4 && together && from.step == 4) {
     order_pixels<4, 4>(lowest, pixels, count, from.mirrored, backward);
   } else if ((channels == 3 || channels == 4) && from.step == 1) {
-    alignas(64) uint8_t runs[kMaxGroup][kBlockPixels];
+    alignas(64) uint8_t runs[kMaxGroup][kMaxBlockPixels];
     const uint8_t* planes = from.lowest;
     int64_t plane_stride = in_channel;
     if (from.mirrored) {
       const int64_t distinct = in_channel == 0 ? 1 : channels;
       for (int64_t c = 0; c < distinct; ++c) reverse(planes + c * in_channel, runs[c], count);
       planes = runs[0];
-      plane_stride = in_channel == 0 ? 0 : kBlockPixels;
+      plane_stride = in_channel == 0 ? 0 : kMaxBlockPixels;
     }
     if (channels == 3) {
       interleave<3>(planes, plane_stride, pixels, count);
@@ -378,8 +383,8 @@ void normalize_interleaved(const NormalizeArgs& args, const uint8_t* in, T* out,
 // Any strides, for channels beyond what a Cycle holds.
 template <class T>
 void normalize_strided(const NormalizeArgs& args, const uint8_t* in, T* out, int64_t count) {
-  alignas(64) uint8_t run[kBlockPixels];
-  alignas(64) T results[kBlockPixels];
+  alignas(64) uint8_t run[kMaxBlockPixels];
+  alignas(64) T results[kMaxBlockPixels];
   for (int64_t c = 0; c < args.sizes[1]; ++c) {
     gather(in + c * args.image_strides[1], args.image_strides[3], run, 1, count);
     convert(args, run, results, count, args.channels[c]);
@@ -439,12 +444,15 @@ void normalize_blocks(const NormalizeArgs& args, int64_t first, int64_t last, bo
     prepared.has_table = true;
   }
 
-  const int64_t per_row = blocks_per_row(args);
-  for (int64_t block = first; block < last; ++block) {
+  const int64_t per_row = blocks_per_row(args), pixels = block_pixels(args);
+  const bool whole_planes = planar && args.image_strides[3] == 1 && width <= kWholePlanePixels;
+  for (int64_t block = first, blocks; block < last; block += blocks) {
     const int64_t row = block / per_row;
+    const int64_t left_in_row = per_row - block % per_row, left = last - block;
+    blocks = !whole_planes ? 1 : left < left_in_row ? left : left_in_row;
     const int64_t n = row / args.sizes[2], h = row % args.sizes[2];
-    const int64_t w = (block % per_row) * kBlockPixels;
-    const int64_t count = width - w < kBlockPixels ? width - w : kBlockPixels;
+    const int64_t w = (block % per_row) * pixels;
+    const int64_t count = width - w < blocks * pixels ? width - w : blocks * pixels;
     const uint8_t* in = args.images + n * args.image_strides[0] + h * args.image_strides[2] +
                         w * args.image_strides[3];
     T* out = static_cast<T*>(args.output) + n * args.output_strides[0] +
@@ -463,8 +471,8 @@ void normalize_blocks(const NormalizeArgs& args, int64_t first, int64_t last, bo
 template <class T>
 void normalize_range(const NormalizeArgs& args, int64_t first, int64_t last) {
   Prepared<T> prepared;
-  const int64_t block_pixels = args.sizes[3] < kBlockPixels ? args.sizes[3] : kBlockPixels;
-  normalize_blocks(args, first, last, (last - first) * block_pixels >= kTablePixels, prepared);
+  const int64_t most = block_pixels(args), pixels = args.sizes[3] < most ? args.sizes[3] : most;
+  normalize_blocks(args, first, last, (last - first) * pixels >= kTablePixels, prepared);
 }
 
 template <class T>

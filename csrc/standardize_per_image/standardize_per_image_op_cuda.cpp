@@ -7,23 +7,41 @@
 namespace pixfuse {
 namespace {
 
-Tensor standardize_per_image(const Tensor& images, bool per_channel, double floor,
-                             int64_t input_layout, int64_t dtype, int64_t memory_format) {
-  StandardizeCall call(images, per_channel, floor, input_layout, dtype, memory_format);
+// On torch's current stream; no synchronization. `device` is current.
+void run(StandardizeCall& call, int32_t device) {
   StandardizeArgs& args = call.args;
-  const int32_t device = images.get_device_index();
-  const DeviceGuard guard(call.kName, device);
-  const int64_t skip = 4 - call.rank;
-  Tensor out = empty_cuda(call.kName, call.rank, args.sizes + skip, args.output_strides + skip,
-                          shim_dtype(args.dtype), device);
-  args.output = out.mutable_data_ptr();
   const int64_t sizes[3] = {2, args.sizes[0], args.sizes[1]};
   Tensor sums = zero_cuda_counts(call.kName, 3, sizes, device);
   args.sums = static_cast<int64_t*>(sums.mutable_data_ptr());
   args.squares = args.sums + args.sizes[0] * args.sizes[1];
   check_launch(call.kName,
                standardize_per_image_cuda(args, current_cuda_stream(call.kName, device)));
+}
+
+Tensor standardize_per_image(const Tensor& images, bool per_channel, double floor,
+                             int64_t input_layout, int64_t dtype, int64_t memory_format) {
+  StandardizeCall call(images, per_channel, floor, input_layout);
+  call.choose_output(dtype, memory_format);
+  StandardizeArgs& args = call.args;
+  const int32_t device = images.get_device_index();
+  const DeviceGuard guard(call.kName, device);
+  const int64_t skip = 4 - call.view.rank;
+  Tensor out = empty_cuda(call.kName, call.view.rank, args.sizes + skip, args.output_strides + skip,
+                          shim_dtype(args.dtype), device);
+  args.output = out.mutable_data_ptr();
+  run(call, device);
   return out;
+}
+
+void standardize_per_image_out(const Tensor& images, bool per_channel, double floor,
+                               int64_t input_layout, Tensor out) {
+  StandardizeCall call(images, per_channel, floor, input_layout);
+  const int32_t device = images.get_device_index();
+  check(out.is_cuda() && out.get_device_index() == device, call.kName,
+        "out on the device of images (CUDA device ", device, ")");
+  call.set_output(out);
+  const DeviceGuard guard(call.kName, device);
+  run(call, device);
 }
 
 }  // namespace
@@ -31,4 +49,5 @@ Tensor standardize_per_image(const Tensor& images, bool per_channel, double floo
 
 STABLE_TORCH_LIBRARY_IMPL(pixfuse, CUDA, m) {
   m.impl("standardize_per_image", TORCH_BOX(&pixfuse::standardize_per_image));
+  m.impl("standardize_per_image_out", TORCH_BOX(&pixfuse::standardize_per_image_out));
 }

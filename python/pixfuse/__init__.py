@@ -1,12 +1,14 @@
 """uint8 image batches to model-ready tensors in one pass, bit for bit as torchvision would."""
 
-from pixfuse import reference, transforms
+from pixfuse import nn, reference, transforms
 from pixfuse._library import empty_cache, info
 from pixfuse.activity import UnitActivity
+from pixfuse.certification import certified_dead
 from pixfuse.collate import Collate
 from pixfuse.convolution import conv_bias_relu
 from pixfuse.functional import crop_mirror_normalize, normalize
 from pixfuse.loader import DeviceLoader
+from pixfuse.monitor import DeadUnitMonitor, DeadUnitWarning
 from pixfuse.normalization import (
     CIFAR10,
     CIFAR100,
@@ -20,6 +22,7 @@ from pixfuse.normalization import (
     SVHN,
     UNIT,
     Normalization,
+    PerImageStandardization,
 )
 from pixfuse.pixels import (
     channel_histogram,
@@ -43,9 +46,13 @@ __all__ = [
     "UNIT",
     "ChannelStatistics",
     "Collate",
+    "DeadUnitMonitor",
+    "DeadUnitWarning",
     "DeviceLoader",
     "Normalization",
+    "PerImageStandardization",
     "UnitActivity",
+    "certified_dead",
     "channel_histogram",
     "conv_bias_relu",
     "crop_mirror_normalize",
@@ -54,6 +61,7 @@ __all__ = [
     "fold_of",
     "image_moments",
     "info",
+    "nn",
     "normalize",
     "reference",
     "standardize_per_image",

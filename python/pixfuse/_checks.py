@@ -13,18 +13,33 @@ from pixfuse._library import (
     DTYPE_CODES,
     LAYOUT_CODES,
     MEMORY_FORMAT_CODES,
+    dense_strides,
+    resolve_channels_last,
+    view_as_nchw,
 )
-from pixfuse.normalization import Normalization
+from pixfuse.normalization import Normalization, PerImageStandardization
 
 #: The largest finite value that each dtype can hold.
 LARGEST = {dtype: torch.finfo(dtype).max for dtype in DTYPE_CODES}
 
 
+#: What to do where an image's own mean and std are asked for.
+_PER_IMAGE_HINTS = {
+    "normalize": "use pixfuse.standardize_per_image(images)",
+    "crop_mirror_normalize": "pass dtype=torch.uint8, and the result to "
+    "pixfuse.standardize_per_image, as pixfuse.Collate does",
+    "denormalize": "standardized images do not say what mean and std they had",
+}
+
+
 def check_is_normalization(function: str, normalization: object) -> None:
     if not isinstance(normalization, Normalization):
+        hint = "use pixfuse.Normalization(mean, std)"
+        if isinstance(normalization, PerImageStandardization):
+            hint = _PER_IMAGE_HINTS.get(function, hint)
         raise TypeError(
             f"{function}: expected normalization to be a pixfuse.Normalization, got "
-            f"{type(normalization).__name__}; use pixfuse.Normalization(mean, std)"
+            f"{type(normalization).__name__}; {hint}"
         )
 
 
@@ -194,6 +209,28 @@ def check_strides(
             f"{function}: expected out to be dense in {memory_format} with strides {expected}, got "
             f"strides {out.stride()}; pass memory_format= as out has it"
         )
+
+
+def check_float_out(
+    function: str,
+    out: torch.Tensor,
+    images: torch.Tensor,
+    layout_code: int,
+    dtype: torch.dtype,
+    memory_format: torch.memory_format,
+) -> None:
+    """A caller's output for the floats that a batch or image becomes."""
+    shape: tuple[int, ...] = images.shape
+    if layout_code == LAYOUT_CODES["NHWC"]:
+        shape = (*shape[:-3], shape[-1], *shape[-3:-1])
+    check_out(function, out, shape, dtype, images.device)
+    if memory_format is torch.preserve_format or not out.is_contiguous(memory_format=memory_format):
+        nchw = view_as_nchw(images, layout_code)
+        strides = dense_strides(nchw.shape, resolve_channels_last(nchw, memory_format))
+        check_strides(function, out, strides, memory_format)
+    # Addresses cannot be traced; the operators assert the same.
+    if not torch.compiler.is_compiling() and share_memory(images, out):
+        raise ValueError(f"{function}: expected out to share no memory with images, got an overlap")
 
 
 def share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -22,8 +22,9 @@ OUTPUT_DTYPE_CODES: Final = {
 }
 _DTYPES: Final = {code: dtype for dtype, code in OUTPUT_DTYPE_CODES.items()}
 
-#: Normalized images exist during a backward pass a slice at a time, of as much output as this.
-_SLICE_BYTES: Final = 1 << 24
+#: Normalized images exist during a backward pass a slice at a time, of as much output as this: what
+#: a cache can hold, or what keeps a GPU busy.
+_SLICE_BYTES: Final = {"cpu": 1 << 24, "cuda": 1 << 28}
 
 
 def _output_shape(
@@ -54,6 +55,8 @@ def _forward_fake(
     rounding: int,
     dtype: int,
     channels_last: bool,
+    allow_tf32: bool = False,
+    way: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     shape = _output_shape(input, weight, stride, padding, dilation)
     output = weight.new_empty_strided(
@@ -167,7 +170,7 @@ def _backward_op(
     else:
         dtype = torch.promote_types(gradient.dtype, weight.dtype)
         image_bytes = output.nbytes // max(1, len(output))
-        step = max(1, _SLICE_BYTES // max(1, image_bytes))
+        step = max(1, _SLICE_BYTES[input.device.type] // max(1, image_bytes))
         wide_weight = weight.to(dtype)
         total_weight = total_bias = None
         for begin in range(0, len(input), step):
@@ -224,7 +227,7 @@ def _backward_fake(
 
 
 def _forward_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    input, weight, _, *options, _, _ = inputs
+    input, weight, _, *options, _, _, _, _ = inputs
     result, counts, output_sum = output
     ctx.mark_non_differentiable(counts, output_sum)
     ctx.save_for_backward(input, weight, result)
@@ -238,7 +241,7 @@ def _backward(ctx: Any, gradient: torch.Tensor, *_: torch.Tensor) -> tuple[Any, 
         gradient, output, input, weight, *ctx.options, wanted
     )
     needed = [g if want else None for g, want in zip(found, wanted, strict=True)]
-    return (*needed, *[None] * 9)
+    return (*needed, *[None] * 11)
 
 
 torch.library.register_autograd(

@@ -41,10 +41,12 @@ from pixfuse._image_files import (
     reason_of,
     transform,
 )
+from pixfuse.pixels import count_one
 from pixfuse.statistics import ChannelStatistics, _id_of
 
-#: How many pixels are decoded before they are counted: a few photographs, still in the cache.
-_PIXELS_AT_ONCE = 1 << 20
+#: How many files a worker takes at a time, if there are many: fewer would cost more to pass on than
+#: they take to decode, and more would leave workers idle at the end.
+_LEAST_FILES, _MOST_FILES, _PIECES = 16, 128, 64
 
 
 @dataclass
@@ -53,7 +55,7 @@ class Piece:
 
     statistics: ChannelStatistics
     unreadable: list[Unreadable] = field(default_factory=list)
-    decode_seconds: float = 0.0  # from files to arrays of pixels
+    decode_seconds: float = 0.0  # from files to pixels
     count_seconds: float = 0.0
 
 
@@ -90,24 +92,25 @@ def count_piece(work: Work, reading: Reading, split: str, folds: int) -> Piece:
 
 def _count_files(files: list[ImageFile], reading: Reading, piece: Piece) -> None:
     keys: list[str] = []
-    images: list[np.ndarray] = []
-    pixels = 0
+    counts: list[np.ndarray] = []
+    start = time.perf_counter()
     for file in files:
-        start = time.perf_counter()
         try:
-            image = np.asarray(read_image(file, reading))  # here, and not once for each count
+            image = read_image(file, reading)
         except Exception as error:  # whatever a damaged file leads a decoder to
             piece.unreadable.append(Unreadable(file.key, reason_of(error)))
-        else:
+            image = None
+        decoded = time.perf_counter()
+        piece.decode_seconds += decoded - start
+        if image is not None:
+            # At once and where it lies: it is in the cache still.
+            counts.append(count_one(image))
             keys.append(file.key)
-            images.append(image)
-            pixels += image.shape[0] * image.shape[1]
-        piece.decode_seconds += time.perf_counter() - start
-        if pixels >= _PIXELS_AT_ONCE:
-            _update(piece, images, keys)
-            keys, images, pixels = [], [], 0
-    if images:
-        _update(piece, images, keys)
+        start = time.perf_counter()
+        piece.count_seconds += start - decoded
+    if counts:
+        piece.statistics._update_counts(np.concatenate(counts), keys)
+    piece.count_seconds += time.perf_counter() - start
 
 
 def _count_array(part: ArrayPart, reading: Reading, piece: Piece) -> None:
@@ -417,7 +420,8 @@ def count_all(
         remaining.discard(number)
         return number in counted
 
-    work = plan_work(found, reading, done)
+    files_each = min(max(len(found.files) // _PIECES, _LEAST_FILES), _MOST_FILES)
+    work = plan_work(found, reading, done, files_each)
     if remaining:
         raise UsageProblemError(
             f"expected all images that {str(output)!r} counted to be there still, got "

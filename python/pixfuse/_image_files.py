@@ -349,7 +349,7 @@ def _layout_of(shape: tuple[int, ...]) -> str:
     raise ValueError(f"expected an array of images (N, H, W, C), got shape {shape}")
 
 
-def plan_work(found: Found, reading: Reading, done: Any, files_each: int = 16) -> list[Work]:
+def plan_work(found: Found, reading: Reading, done: Any, files_each: int) -> list[Work]:
     """Cut what is not done yet into pieces for workers.
 
     Args:
@@ -428,6 +428,9 @@ def read_image(file: ImageFile, reading: Reading) -> Image.Image:
         with Image.open(source) as image:
             if image.mode.startswith(_WIDE_MODES):
                 raise ValueError(f"mode {image.mode} has more than 8 bits per channel")
+            if image.mode == reading.mode:  # convert() would copy it
+                image.load()
+                return transform(image, reading)
             return transform(image.convert(reading.mode), reading)
 
 

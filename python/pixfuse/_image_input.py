@@ -112,20 +112,20 @@ def _read_batch(images: torch.Tensor) -> Images:
     return Images(None, [images], images.device, count, (height, width, channels), None)
 
 
-def _read_tensors(images: Sequence[Any]) -> Images:
+def _read_tensors(images: Sequence[Any], function: str = _NAME) -> Images:
     device = images[0].device
     shapes = []
     for index, image in enumerate(images):
         name = f"images[{index}]"
         if not isinstance(image, torch.Tensor):
             raise TypeError(
-                f"{_NAME}: expected {name} to be a tensor on {device}, as images[0] is, got "
+                f"{function}: expected {name} to be a tensor on {device}, as images[0] is, got "
                 f"{type(image).__name__}; images must be on one device"
             )
-        _check_tensor(_NAME, name, image)
+        _check_tensor(function, name, image)
         if image.device != device:
             raise ValueError(
-                f"{_NAME}: expected {name} on {device}, as images[0] is, got {image.device}; "
+                f"{function}: expected {name} on {device}, as images[0] is, got {image.device}; "
                 "images must be on one device"
             )
         channels, height, width = image.shape
@@ -143,35 +143,43 @@ def is_pillow(image: object) -> bool:
     return module is not None and isinstance(image, module.Image)
 
 
-def read_image(function: str, image: object, index: int) -> torch.Tensor:
-    """One image of a list as a (C, H, W) tensor: arrays and tensors in place, on any device."""
-    name = f"images[{index}]"
-    if isinstance(image, torch.Tensor):
-        _check_tensor(function, name, image)
-        return image
-    if isinstance(image, np.ndarray):
-        check_bytes(function, name, image)
-        if image.ndim not in (2, 3):
+def read_list(function: str, images: Sequence[Any]) -> _images.ImageList | list[torch.Tensor]:
+    """The memory of a list of images of one channel count; tensors where memory cannot be read."""
+    if len(images) == 0:
+        raise ValueError(f"{function}: expected images to have at least 1 image, got none")
+    if isinstance(images[0], torch.Tensor) and (
+        torch.compiler.is_compiling() or not images[0].is_cpu
+    ):
+        listed = _read_tensors(images, function)
+        channels = [tensor.shape[0] for tensor in listed.tensors]
+        _check_channels(function, images, channels)
+        return listed.tensors
+    memory = _images.read(images, _pillow_exports_memory(), function)
+    _check_channels(function, images, memory.sizes[:, 2].tolist())
+    return memory
+
+
+def _check_channels(function: str, images: Sequence[Any], channels: list[int]) -> None:
+    for index, count in enumerate(channels):
+        if count != channels[0]:
+            hint = '; convert it, e.g. image.convert("RGB")' if is_pillow(images[index]) else ""
             raise ValueError(
-                f"{function}: expected {name} to have shape (H, W) or (H, W, C), got {image.shape}"
+                f"{function}: expected images of one channel count, got {channels[0]} in images[0] "
+                f"and {count} in images[{index}]{hint}"
             )
+
+
+def read_image(function: str, image: object) -> torch.Tensor:
+    """A Pillow image, copied, or an array, in place, as a (C, H, W) tensor."""
+    if isinstance(image, np.ndarray):
+        check_bytes(function, "images[0]", image)
         if any(stride < 0 for stride in image.strides):
             image = image.copy()  # torch has no negative strides, even of one element
         pixels = tensor_of_array(image)
         pixels = pixels.unsqueeze(0) if pixels.ndim == 2 else pixels.permute(2, 0, 1)
-        _check_not_empty(function, name, pixels.shape)
+        _check_not_empty(function, "images[0]", pixels.shape)
         return pixels
-    return _copied(function, image, index)
-
-
-def _copied(function: str, image: object, index: int) -> torch.Tensor:
-    """The pixels of a Pillow image, read by the one table of modes; raises for what is none."""
-    try:
-        memory = _images.read([image], _pillow_exports_memory())
-    except (OSError, TypeError, ValueError) as error:
-        # It speaks of the only image of its list, and for another function.
-        theirs, ours = f"{_NAME}: expected images[0]", f"{function}: expected images[{index}]"
-        raise type(error)(str(error).replace(theirs, ours, 1)) from error.__cause__
+    memory = _images.read([image], _pillow_exports_memory(), function)
     height, width, channels = memory.sizes[0].tolist()
     pixels = torch.empty(
         (1, channels, height, width), dtype=torch.uint8, memory_format=torch.channels_last

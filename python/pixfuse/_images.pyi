@@ -31,5 +31,11 @@ class ImageList:
     ) -> None:
         """Do the work without the GIL; `output` and `mask` are addresses, `mask` may be 0."""
 
-def read(images: Sequence[object], arrow: bool) -> ImageList:
+    def channel_histogram(self, each: bool) -> npt.NDArray[np.int64]:
+        """Counts (C, 256) of all images, or of each (N, C, 256); of one channel count."""
+
+    def image_moments(self) -> npt.NDArray[np.int64]:
+        """(2, N, C): sums, and sums of squares; of images of one channel count."""
+
+def read(images: Sequence[object], arrow: bool, function: str = ...) -> ImageList:
     """Find the memory of Pillow images, numpy arrays and CPU tensors; copy what cannot be read."""

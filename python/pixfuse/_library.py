@@ -190,6 +190,13 @@ def _standardize_per_image_fake(
     )
 
 
+@torch.library.register_fake("pixfuse::standardize_per_image_out")
+def _standardize_per_image_out_fake(
+    images: torch.Tensor, per_channel: bool, floor: float, input_layout: int, out: torch.Tensor
+) -> None:
+    return None
+
+
 def _check_one_device(
     images: list[torch.Tensor], placements: torch.Tensor, *outputs: torch.Tensor | None
 ) -> None:

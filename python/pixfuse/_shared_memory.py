@@ -3,7 +3,7 @@
 Fresh shared memory costs several times what writing a batch takes. So a worker keeps a few blocks.
 A block is free when nothing in the worker looks at it, and when the process that it was last sent
 to has dropped all that looked at it there: then that process writes the number of the sending into
-the last bytes of the block.
+the last bytes of the block. That process keeps it mapped, too, as long as there is the worker.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import copy
 import os
 import threading
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable
+from multiprocessing import process
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
@@ -162,6 +164,7 @@ def _reduce(tensor: SharedTensor) -> Any:
         block.storage,
         block.nbytes,
         block.sent,
+        os.getpid(),
         tuple(tensor.shape),
         tensor.stride(),
         tensor.dtype,
@@ -175,13 +178,40 @@ def _rebuild(
     storage: torch.UntypedStorage,
     nbytes: int,
     number: int,
+    worker: int,
     shape: tuple[int, ...],
     strides: tuple[int, ...],
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """In the process that receives it: an ordinary tensor."""
+    _keep_mapped(storage, worker)
     give_back = (_trailer(storage, nbytes), number, os.getpid())
     return _tensor(storage, nbytes, shape, strides, dtype, _give_back, *give_back)
+
+
+#: Of each worker of this process: its blocks as they are mapped here, the latest last.
+_mapped: weakref.WeakKeyDictionary[process.BaseProcess, OrderedDict[int, torch.UntypedStorage]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _keep_mapped(storage: torch.UntypedStorage, pid: int) -> None:
+    """Keep a block mapped that will be received again; torch finds it there by its file.
+
+    A mapping of its own for each batch would go with the batch, and the next one would find its
+    pages one page fault after the other: that can take as long as reading what is on them. The
+    memory is the worker's until it ends, and by then its process object is gone.
+    """
+    children = tuple(getattr(process, "_children", ()))  # active_children() would wait for the dead
+    worker = next((child for child in children if child.pid == pid), None)
+    if worker is None:  # of somebody else
+        return
+    with _fence:  # a thread may pin memory
+        blocks = _mapped.setdefault(worker, OrderedDict())
+        blocks[storage.data_ptr()] = storage
+        blocks.move_to_end(storage.data_ptr())
+        if len(blocks) > _MOST_BLOCKS:  # the worker has given up the one that came last long ago
+            blocks.popitem(last=False)
 
 
 def _give_back(trailer: np.ndarray, number: int, receiver: int) -> None:

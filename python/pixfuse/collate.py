@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from torch.utils.data._utils.collate import collate, default_collate_fn_map
 
+from pixfuse._convert import convert
 from pixfuse._image_input import Images, read_images
 from pixfuse._placement import resolve_channels, resolve_size
 from pixfuse._shared_memory import shared_output
 from pixfuse.functional import crop_mirror_normalize
-from pixfuse.normalization import UNIT, Normalization
+from pixfuse.normalization import UNIT, Normalization, PerImageStandardization
 
 
 class Collate:
     """Make batches of samples as torch's ``default_collate`` does, their images normalized.
 
-    Formula: that of :func:`pixfuse.crop_mirror_normalize`, whose bits these are.
+    Formula: that of :func:`pixfuse.crop_mirror_normalize`, whose bits these are; with a
+    :class:`pixfuse.PerImageStandardization` that of :func:`pixfuse.standardize_per_image` on the
+    bytes that ``dtype=torch.uint8`` would give: the mean and std are those of each image as the
+    model gets it, after cropping, mirroring and padding, the fill included.
 
     An object of this class is a ``collate_fn``. Samples may be nested at will: tuples, lists,
     mappings, named tuples; every image in them becomes part of a batch (N, C, height, width), and
@@ -45,8 +52,14 @@ class Collate:
     With ``batch_size=None`` a ``DataLoader`` hands over each sample alone: then the samples of the
     dataset have to be lists of samples, which become the batches.
 
+    While a call runs, no other thread may resize or free the storage of a tensor among the samples:
+    it is read in place. (Writing its pixels meanwhile crashes nothing; which of them are read is
+    open.) A batch from a worker lies in memory that the worker writes into again once the process
+    that received it has dropped it; a child that this process forks sees the same memory, so it
+    has to ``clone()`` a batch that it keeps longer.
+
     Args:
-        normalization: mean and std per channel, and a rounding.
+        normalization: mean and std per channel, and a rounding; or a ``PerImageStandardization``.
         size: of the batches, an int or (height, width); together with ``crop``. None: that of the
             images, which must be one within a batch.
         crop: where the window lies. ``"center"`` as torchvision's ``CenterCrop``; ``"random"`` as
@@ -59,8 +72,9 @@ class Collate:
         channels: of the batches; None: that of the images. See ``crop_mirror_normalize``, as for
             all that follow.
         out_of_bounds: ``"error"`` or ``"pad"``.
-        fill: a number, or one per channel.
-        fill_space: ``"input"`` or ``"output"``.
+        fill: a number, or one per channel; whole with a ``PerImageStandardization``.
+        fill_space: ``"input"`` or ``"output"``; a ``PerImageStandardization`` takes the first, as
+            the fill is among the pixels whose mean and std are taken.
         return_mask: whether a pair (batch, mask) stands where the batch would.
         dtype: ``torch.float32``, ``torch.float16``, ``torch.bfloat16`` or ``torch.uint8``.
         memory_format: ``torch.contiguous_format`` or ``torch.channels_last``.
@@ -70,9 +84,10 @@ class Collate:
         ``dtype`` and dense in ``memory_format``.
 
     Raises:
-        TypeError, ValueError: a wrong option; or, of a call, samples that do not fit together, and
-            whatever ``crop_mirror_normalize`` raises, where ``images[i]`` is that of sample ``i``
-            of the batch.
+        TypeError, ValueError: a wrong option, when the object is made; or, of a call, samples that
+            do not fit together, and whatever ``crop_mirror_normalize`` raises: what is wrong with
+            one image names the sample, counted from 0 within the batch.
+        OSError: of a call, a file that Pillow cannot read to its end; names the sample.
 
     Equivalent to::
 
@@ -91,7 +106,7 @@ class Collate:
 
     def __init__(
         self,
-        normalization: Normalization = UNIT,
+        normalization: Normalization | PerImageStandardization = UNIT,
         size: int | Sequence[int] | None = None,
         crop: Literal["center", "random"] | None = None,
         *,
@@ -122,12 +137,20 @@ class Collate:
         self.return_mask = return_mask
         self.dtype = dtype
         self.memory_format = memory_format
-        # Here, rather than in a worker at the first batch: one pixel is enough to check the rest.
+        with _speaking_as_collate():
+            self._check_options()
+
+    def _check_options(self) -> None:
+        """Here, rather than in a worker at the first batch: one pixel is enough to check them."""
         pixel = [np.zeros((1, 1), np.uint8)]
-        resolve_size(read_images(pixel), size)
-        values = max(len(getattr(normalization, "mean", ())), np.size(fill), 1)
-        options = self._options() | {"channels": values if channels is None else channels}
+        resolve_size(read_images(pixel), self.size)
+        values = max(len(getattr(self.normalization, "mean", ())), np.size(self.fill), 1)
+        options = self._options() | {"channels": values if self.channels is None else self.channels}
+        per_image = isinstance(self.normalization, PerImageStandardization)
+        normalization: Any = UNIT if per_image else self.normalization
         crop_mirror_normalize(pixel, None, normalization, **options)
+        if per_image:
+            _check_fill_of_pixels(self.fill, self.fill_space)
 
     def _options(self) -> dict[str, Any]:
         return {
@@ -174,10 +197,51 @@ class Collate:
                 rows, columns = _rooms(source, height, width)
                 options["top"] = _random_place(rows, draws[:, 2])
                 options["left"] = _random_place(columns, draws[:, 3])
+        out = None
         if source.device.type == "cpu" and torch.utils.data.get_worker_info() is not None:
             shape = (source.count, resolve_channels(source, self.channels), height, width)
-            options["out"] = shared_output(shape, self.dtype, self.memory_format)
-        return crop_mirror_normalize(cast("Any", source), self.size, self.normalization, **options)
+            out = shared_output(shape, self.dtype, self.memory_format)
+        crop = partial(crop_mirror_normalize, cast("Any", source), self.size)
+        if isinstance(self.normalization, Normalization):
+            return crop(self.normalization, out=out, **options)
+        if self.dtype is torch.uint8:
+            return crop(UNIT, out=out, **options)
+        packed = crop(UNIT, **options | {"dtype": torch.uint8})
+        pixels, mask = packed if self.return_mask else (packed, None)
+        chosen = {"dtype": self.dtype, "memory_format": self.memory_format, "out": out}
+        result = convert(pixels, self.normalization, **chosen)
+        return result if mask is None else (result, mask)
+
+
+_OTHERS = ("crop_mirror_normalize: ", "standardize_per_image: ")
+
+
+@contextmanager
+def _speaking_as_collate() -> Iterator[None]:
+    """Errors of what works for it in the words of Collate, which has samples, not images."""
+    try:
+        yield
+    except Exception as error:
+        message = error.args[0] if len(error.args) == 1 else None
+        if isinstance(message, str) and message.startswith(_OTHERS):
+            said = message.partition(": ")[2]
+            said = re.sub(r"\bimages\[(\d+)\]", r"the image of sample \1", said)
+            error.args = (f"Collate: {said}",)
+        raise
+
+
+def _check_fill_of_pixels(fill: Any, fill_space: str) -> None:
+    """A fill whose mean and std are taken with those of the image; other checks come before."""
+    if fill_space != "input":
+        raise ValueError(
+            "Collate: expected fill_space to be 'input' with a PerImageStandardization, got "
+            f"{fill_space!r}; the fill is among the pixels whose mean and std are taken"
+        )
+    if any(value != int(value) for value in np.ravel(fill).tolist()):
+        raise ValueError(
+            "Collate: expected fill to be a whole number with a PerImageStandardization, got "
+            f"{fill}; it is among the pixels whose mean and std are taken, which are bytes"
+        )
 
 
 def _check_crop(crop: object, size: object) -> None:
@@ -220,7 +284,8 @@ class _Call:
     def collate_leaves(self, values: Sequence[Any], *, collate_fn_map: object = None) -> Any:
         are_images = [is_image(value, self.owner.channels) for value in values]
         if all(are_images):
-            return self.owner._batch(values, self.draw(len(values)))
+            with _speaking_as_collate():
+                return self.owner._batch(values, self.draw(len(values)))
         if any(are_images):
             other = are_images.index(not are_images[0])
             raise TypeError(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 
-from pixfuse._checks import tensor_of_images
+from pixfuse._checks import check_device, tensor_of_images
 from pixfuse._convolution_autograd import OUTPUT_DTYPE_CODES
 from pixfuse._library import LAYOUT_CODES, view_as_nchw
 from pixfuse.activity import UnitActivity
@@ -47,12 +47,17 @@ def conv_bias_relu(
     exact. The same bits for any number of threads; of up to 4 channels also for any batch size and
     layout. Between instruction sets the last bits may differ.
 
+    On CUDA, tensor cores multiply 16-bit weights, and float32 ones where torch allows TF32 for
+    convolutions (``torch.backends.cudnn.conv.fp32_precision``, on unless you turn it off; under
+    ``torch.compile``, what it was when it was compiled). Bytes become the dtype of ``weight``
+    there, as ``normalize(images, dtype=weight.dtype)`` leaves them. The same bits in every run.
+
     Args:
         input: float tensor (float32, float16, bfloat16, or float64) of shape (N, C, H, W) or
             (C, H, W), or uint8 images, tensor or numpy array, with a ``normalization``; with
             ``input_layout="NHWC"`` channels last. Any strides. Up to 4 channels in one group run
-            as one kernel; more of them as torch's convolution followed by one pass, slice by slice
-            of the batch.
+            as one kernel; more of them, and float64, as torch's convolution followed by one pass,
+            on the CPU slice by slice of the batch.
         weight: (O, C / groups, kH, kW), of the dtype of a float ``input``; with uint8 input of any
             float dtype but float64.
         bias: (O,), of the dtype of ``weight``, or None.
@@ -126,6 +131,7 @@ def conv_bias_relu(
         *constants,
         OUTPUT_DTYPE_CODES[dtype],
         resolve_output_format(batch, weight, memory_format),
+        bool(batch.is_cuda and weight.dtype is torch.float32 and _torch_allows_tf32()),
     )
     images, _, height, width = output.shape
     active, active_images, nan = counts.unbind()
@@ -133,6 +139,13 @@ def conv_bias_relu(
         active, active_images, nan, output_sum.detach(), images * height * width, images
     )
     return output if nchw.dim() == 4 else output.squeeze(0), activity
+
+
+# Dynamo cannot look into torch's settings, so that it takes what they are while it traces.
+@torch.compiler.assume_constant_result
+def _torch_allows_tf32() -> bool:
+    cudnn: Any = torch.backends.cudnn
+    return bool(cudnn.conv.fp32_precision == "tf32")
 
 
 def _lies_channels_last(tensor: torch.Tensor) -> bool:
@@ -236,11 +249,7 @@ def _check_tensors(input: torch.Tensor, weight: object, bias: object) -> None:
                 f"conv_bias_relu: expected {name} on the device of input ({input.device}), got "
                 f"{tensor.device}"
             )
-    if input.device.type != "cpu":
-        raise NotImplementedError(
-            "conv_bias_relu: expected input on a device that has a kernel (cpu), got "
-            f"{input.device}; CUDA kernels of this function do not exist yet"
-        )
+    check_device("conv_bias_relu", "input", input)
 
 
 def _resolve_dtypes(
@@ -271,8 +280,9 @@ def _resolve_dtypes(
             "conv_bias_relu: expected input of dtype uint8 with a normalization, got "
             f"{batch.dtype}; leave normalization out for input that is normalized already"
         )
-    if torch.is_autocast_enabled("cpu"):
-        low = torch.get_autocast_dtype("cpu")
+    device = batch.device.type
+    if torch.is_autocast_enabled(device):
+        low = torch.get_autocast_dtype(device)
 
         def cast(tensor: torch.Tensor) -> torch.Tensor:
             eligible = tensor.is_floating_point() and tensor.dtype is not torch.float64

@@ -12,6 +12,7 @@ import torch
 from pixfuse._checks import (
     LARGEST,
     check_dtype,
+    check_float_out,
     check_images,
     check_is_normalization,
     check_memory_format,
@@ -23,11 +24,8 @@ from pixfuse._checks import (
 from pixfuse._image_input import Images, read_images
 from pixfuse._library import (
     ELEMENT_CODES,
-    LAYOUT_CODES,
     MEMORY_FORMAT_CODES,
     dense_strides,
-    resolve_channels_last,
-    view_as_nchw,
 )
 from pixfuse._placement import placements_of, resolve_channels, resolve_size
 from pixfuse.normalization import UNIT, Normalization
@@ -101,7 +99,7 @@ def normalize(
             dtype_code,
             memory_format_code,
         )
-    _check_out(out, images, layout_code, dtype, memory_format)
+    check_float_out("normalize", out, images, layout_code, dtype, memory_format)
     torch.ops.pixfuse.normalize_out.default(
         images,
         normalization.mean,
@@ -132,26 +130,6 @@ def _check_normalization(
             f"got {images.shape[channel_dim]} channels in {input_layout} shape "
             f"{tuple(images.shape)}{hint}"
         )
-
-
-def _check_out(
-    out: torch.Tensor,
-    images: torch.Tensor,
-    layout_code: int,
-    dtype: torch.dtype,
-    memory_format: torch.memory_format,
-) -> None:
-    shape: tuple[int, ...] = images.shape
-    if layout_code == LAYOUT_CODES["NHWC"]:
-        shape = (*shape[:-3], shape[-1], *shape[-3:-1])
-    check_out("normalize", out, shape, dtype, images.device)
-    if memory_format is torch.preserve_format or not out.is_contiguous(memory_format=memory_format):
-        nchw = view_as_nchw(images, layout_code)
-        strides = dense_strides(nchw.shape, resolve_channels_last(nchw, memory_format))
-        check_strides("normalize", out, strides, memory_format)
-    # Addresses cannot be traced; the operator asserts the same.
-    if not torch.compiler.is_compiling() and share_memory(images, out):
-        raise ValueError("normalize: expected out to share no memory with images, got an overlap")
 
 
 def crop_mirror_normalize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 
 from pixfuse._checks import tensor_of_images
+from pixfuse._convert import convert
 from pixfuse._library import (
     CUDA_LOADED,
     CUDA_STATE,
@@ -24,8 +26,7 @@ from pixfuse._library import (
     resolve_channels_last,
     view_as_nchw,
 )
-from pixfuse.functional import normalize
-from pixfuse.normalization import UNIT, Normalization
+from pixfuse.normalization import UNIT, Normalization, PerImageStandardization
 
 _THREAD_NAME = "pixfuse.DeviceLoader"
 
@@ -33,12 +34,19 @@ _THREAD_NAME = "pixfuse.DeviceLoader"
 class DeviceLoader:
     """Take batches from a loader, move them to a device, and normalize their images there.
 
-    Formula: that of :func:`pixfuse.normalize`, whose bits these are.
+    Formula: that of :func:`pixfuse.normalize`, or with a ``PerImageStandardization`` that of
+    :func:`pixfuse.standardize_per_image`, whose bits these are.
 
     While the consumer works on one batch, the next ``prefetch`` are on their way: a background
     thread per iteration normalizes them into recycled memory (CPU), or copies them through pinned
     memory and normalizes them on a stream of its own (CUDA). Bytes travel as bytes: a quarter of
     what float32 would take.
+
+    On the CPU, bytes from the workers cost a pass over memory more than floats, which
+    ``Collate(normalization)`` writes there in one: prefer those where no core is left for the
+    background thread. Bytes are the better choice where shared memory is short, or where the
+    workers are what everybody waits for and this process has a core to spare. ``prefetch=0`` saves
+    the hand-over to the thread.
 
     The loader itself is only ever called in the consumer's thread, so its random numbers come in
     the same order in every run, generators may be given, and an exception of a batch is raised
@@ -66,7 +74,10 @@ class DeviceLoader:
             another number of dimensions, or another dtype. A batch is read until it comes out
             (on CUDA until the GPU has it), so the loader must not write into it again.
         device: a CPU or CUDA device.
-        normalization: mean and std per channel, and a rounding.
+        normalization: mean and std per channel, and a rounding. Or a
+            :class:`pixfuse.PerImageStandardization`: every image by its own mean and std, those of
+            the bytes that come from the loader, whatever was cropped, padded or mirrored before;
+            the bits of :func:`pixfuse.standardize_per_image`.
         input_layout: of the images, ``"NCHW"`` or ``"NHWC"``.
         dtype: of the results: ``torch.float32``, ``torch.float16`` or ``torch.bfloat16``.
         memory_format: of the results: ``torch.contiguous_format``, ``torch.channels_last`` or
@@ -74,8 +85,8 @@ class DeviceLoader:
         prefetch: how many batches to work ahead; 0 works on each one when it is asked for, without
             a thread.
         transfer: CUDA only. ``"copy"`` copies the bytes to the GPU and normalizes them there;
-            ``"direct"`` lets the kernel read the pinned memory itself. Which one is faster has not
-            been measured.
+            ``"direct"`` lets the kernel read the pinned memory itself, once, so not with a
+            ``PerImageStandardization``. Which one is faster has not been measured.
 
     Returns:
         An iterable of batches of the same structure. Images have shape (N, C, H, W) and ``dtype``.
@@ -98,7 +109,7 @@ class DeviceLoader:
         self,
         loader: Iterable[Any],
         device: torch.device | str | int,
-        normalization: Normalization = UNIT,
+        normalization: Normalization | PerImageStandardization = UNIT,
         *,
         input_layout: Literal["NCHW", "NHWC"] = "NCHW",
         dtype: torch.dtype = torch.float32,
@@ -119,7 +130,7 @@ class DeviceLoader:
             raise ValueError(f"DeviceLoader: expected prefetch to be 0 or more, got {prefetch}")
         self.loader = loader
         self.device = _check_device(device)
-        _check_transfer(transfer, self.device)
+        _check_transfer(transfer, self.device, normalization)
         self.normalization = normalization
         self.input_layout = input_layout
         self.dtype = dtype
@@ -129,9 +140,8 @@ class DeviceLoader:
         # No image at all is enough for normalize to check what was given.
         channels = len(getattr(normalization, "mean", (0,)))
         shape = (0, channels, 1, 1) if input_layout != "NHWC" else (0, 1, 1, channels)
-        normalize(
-            torch.empty(shape, dtype=torch.uint8, device="cpu"), normalization, **self._options()
-        )
+        nothing = torch.empty(shape, dtype=torch.uint8, device="cpu")
+        convert(nothing, normalization, **self._options())
 
     def _options(self) -> dict[str, Any]:
         return {
@@ -183,7 +193,7 @@ def _check_device(device: torch.device | str | int) -> torch.device:
     return device
 
 
-def _check_transfer(transfer: str, device: torch.device) -> None:
+def _check_transfer(transfer: str, device: torch.device, normalization: object) -> None:
     if transfer not in ("copy", "direct"):
         raise ValueError(
             f"DeviceLoader: expected transfer to be 'copy' or 'direct', got {transfer!r}"
@@ -191,6 +201,11 @@ def _check_transfer(transfer: str, device: torch.device) -> None:
     if transfer == "direct" and device.type != "cuda":
         raise ValueError(
             f"DeviceLoader: expected transfer to be 'copy' for device {device}, got 'direct'"
+        )
+    if transfer == "direct" and isinstance(normalization, PerImageStandardization):
+        raise ValueError(
+            "DeviceLoader: expected transfer to be 'copy' with a PerImageStandardization, got "
+            "'direct'; it reads every image twice"
         )
 
 
@@ -273,7 +288,7 @@ class _CpuLine:
 
     def _convert(self, value: Any) -> Any:
         if is_image_batch(value) and not _on_cuda(value):
-            return normalize(value, self.normalization, **self.options)
+            return convert(value, self.normalization, **self.options)
         if isinstance(value, torch.Tensor) or callable(getattr(value, "to", None)):
             moved = value.to(self.device)
             return self._convert(moved) if is_image_batch(moved) else moved
@@ -380,8 +395,10 @@ class _BatchIterator:
             future.add_done_callback(abandon)
         line.close()
 
-    def __del__(self) -> None:
-        self.close()
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        # At the end of the interpreter the thread has ended, and modules are gone in part.
+        if not is_finalizing():
+            self.close()
 
 
 def _failed(error: Exception) -> Future[Any]:
@@ -554,14 +571,16 @@ class _CudaLine:
 
     def _normalize(self, images: torch.Tensor, result: torch.Tensor, memory_format: Any) -> None:
         options = {**self.options, "memory_format": memory_format}
-        normalize(images, self.normalization, out=result, **options)
+        convert(images, self.normalization, out=result, **options)
 
     def _normalize_pinned(self, source: torch.Tensor, memory_format: Any) -> torch.Tensor:
+        normalization = self.normalization
+        assert isinstance(normalization, Normalization)  # the constructor has seen to it
         return torch.ops.pixfuse.normalize_pinned(  # type: ignore[no-any-return]
             source,
-            self.normalization.mean,
-            self.normalization.std,
-            self.normalization.rounding_code,
+            normalization.mean,
+            normalization.std,
+            normalization.rounding_code,
             LAYOUT_CODES[self.options["input_layout"]],
             DTYPE_CODES[self.options["dtype"]],
             MEMORY_FORMAT_CODES[memory_format],

@@ -146,6 +146,69 @@ def _check_values(means: tuple[float, ...], stds: tuple[float, ...]) -> None:
             )
 
 
+@dataclass(frozen=True)
+class PerImageStandardization:
+    """What a pixel becomes by the mean and std of its own image: ``(x - mean) / max(std, floor)``.
+
+    :class:`pixfuse.Collate`, :class:`pixfuse.DeviceLoader` and
+    :class:`pixfuse.transforms.ToNormalized` take it in the place of a
+    :class:`pixfuse.Normalization`. The bits are those of :func:`pixfuse.standardize_per_image` on
+    the image as the model gets it: its mean and std are taken after cropping, mirroring and
+    padding, of what is in the window and of the fill around it.
+
+    Args:
+        per_channel: False: one mean and std for all channels of an image; True: one of each.
+        floor: the least std to divide by, in units of 0 to 255: ``"tensorflow"`` for
+            ``1 / sqrt(n)`` of ``n`` values, or a number above 0.
+
+    Raises:
+        TypeError: ``per_channel`` is no bool, ``floor`` neither a name nor a number.
+        ValueError: ``floor`` is another name, not finite, or not above 0.
+
+    Source:
+        TensorFlow ``tf.image.per_image_standardization``.
+    """
+
+    per_channel: bool = False
+    floor: Literal["tensorflow"] | float = "tensorflow"
+
+    def __post_init__(self) -> None:
+        least = least_std_of("PerImageStandardization", self.per_channel, self.floor)
+        if not isinstance(self.floor, str):
+            object.__setattr__(self, "floor", least)
+
+
+#: Of what an image can be divided by; less would serve nobody and its reciprocal overflow.
+_LEAST_FLOOR = 1e-30
+
+
+def least_std_of(function: str, per_channel: object, floor: object) -> float:
+    """The least std to divide by, 0 for TensorFlow's: the operators' word for it; checks both."""
+    if not isinstance(per_channel, bool):
+        raise TypeError(
+            f"{function}: expected per_channel to be True or False, got "
+            f"{type(per_channel).__name__}"
+        )
+    if isinstance(floor, str):
+        if floor != "tensorflow":
+            raise ValueError(
+                f"{function}: expected floor to be 'tensorflow' or a number above 0, got {floor!r}"
+            )
+        return 0.0
+    if isinstance(floor, bool) or not isinstance(floor, SupportsFloat):
+        raise TypeError(
+            f"{function}: expected floor to be 'tensorflow' or a number above 0, got "
+            f"{type(floor).__name__}"
+        )
+    least = float(floor)
+    if not (math.isfinite(least) and least >= _LEAST_FLOOR):
+        raise ValueError(
+            f"{function}: expected floor to be 'tensorflow' or a number above 0 (finite, "
+            f"{_LEAST_FLOOR:g} or more), in units of 0 to 255, got {floor}"
+        )
+    return least
+
+
 #: [0, 1]: ``x / 255``. For sigmoid outputs and models that normalize themselves.
 UNIT: Final = Normalization(0.0, 1.0)
 #: [-1, 1]: ``(x / 255 - 0.5) / 0.5``. For tanh outputs; Inception, ViT of timm, diffusion models.

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal, SupportsFloat, overload
+from collections.abc import Sequence
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
 
+from pixfuse import _images
 from pixfuse._checks import (
     check_choice,
     check_device,
     check_dtype,
+    check_float_out,
     check_images,
     check_is_normalization,
     check_memory_format,
     check_out,
     share_memory,
 )
-from pixfuse._image_input import is_pillow, read_image
+from pixfuse._image_input import read_list
 from pixfuse._library import DTYPE_CODES, LAYOUT_CODES, nhwc_shape
-from pixfuse.normalization import Normalization
+from pixfuse.normalization import Normalization, least_std_of
 
 #: A batch, an image, or a list of images of any sizes (Pillow images are not named: optional).
 Images = torch.Tensor | np.ndarray | Sequence[Any]
@@ -65,8 +66,11 @@ def channel_histogram(
         return torch.ops.pixfuse.channel_histogram.default(  # type: ignore[no-any-return]
             tensor, layout_code
         )
+    listed = _read_list("channel_histogram", images, input_layout)
+    if not isinstance(listed, list):
+        return torch.from_numpy(listed.channel_histogram(each=False))
     counts: torch.Tensor | None = None
-    for pixels in _read_list("channel_histogram", images, input_layout):
+    for pixels in listed:
         found = torch.ops.pixfuse.channel_histogram.default(pixels, LAYOUT_CODES["NCHW"])
         counts = found if counts is None else counts.add_(found)
     assert counts is not None  # an empty list is an error
@@ -113,9 +117,12 @@ def image_moments(
         return torch.ops.pixfuse.image_moments.default(  # type: ignore[no-any-return]
             tensor, layout_code
         )
+    listed = _read_list("image_moments", images, input_layout)
+    if not isinstance(listed, list):
+        sums, squares = torch.from_numpy(listed.image_moments())
+        return sums, squares
     found = [
-        torch.ops.pixfuse.image_moments.default(pixels, LAYOUT_CODES["NCHW"])
-        for pixels in _read_list("image_moments", images, input_layout)
+        torch.ops.pixfuse.image_moments.default(pixels, LAYOUT_CODES["NCHW"]) for pixels in listed
     ]
     return torch.cat([sums for sums, _ in found]), torch.cat([squares for _, squares in found])
 
@@ -239,6 +246,7 @@ def standardize_per_image(
     input_layout: Literal["NCHW", "NHWC"] = "NCHW",
     dtype: torch.dtype = torch.float32,
     memory_format: torch.memory_format = torch.contiguous_format,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Bring every image to mean 0 and std 1, by its own mean and std.
 
@@ -252,6 +260,8 @@ def standardize_per_image(
 
     The floor keeps the noise of a flat image from being blown up: without one, a sky whose pixels
     differ by 1 would get the contrast of a photograph, and a single color would be divided by 0.
+    The picture is in ``docs/per_image.md``. :class:`pixfuse.PerImageStandardization` asks
+    ``Collate``, ``DeviceLoader`` and ``transforms`` for the same.
 
     Args:
         images: uint8 tensor (CPU or CUDA) or numpy array, values 0 to 255, of shape (N, C, H, W) or
@@ -268,14 +278,16 @@ def standardize_per_image(
         memory_format: of the result: ``torch.contiguous_format``, ``torch.channels_last`` (for
             3 dimensions too: the channels of a pixel side by side), or ``torch.preserve_format``
             (channels-last when the channels of ``images`` lie side by side).
+        out: where to write: a tensor of the result's shape, dtype, device and memory format that
+            shares no memory with ``images`` and does not require a gradient.
 
     Returns:
         A tensor of shape (N, C, H, W) or (C, H, W), of ``dtype``, dense in ``memory_format``, on
-        the device of ``images``.
+        the device of ``images``; ``out`` if given.
 
     Raises:
         TypeError: a wrong type or dtype.
-        ValueError: a wrong shape, layout, floor or memory format.
+        ValueError: a wrong shape, layout, floor or memory format, or an ``out`` that does not fit.
         NotImplementedError: a device or tensor layout that has no kernel.
 
     Equivalent to::
@@ -293,37 +305,20 @@ def standardize_per_image(
     """
     name = "standardize_per_image"
     tensor, layout_code = check_images(name, images, input_layout)
-    if not isinstance(per_channel, bool):
-        raise TypeError(
-            f"{name}: expected per_channel to be True or False, got {type(per_channel).__name__}"
-        )
-    if isinstance(floor, str):
-        if floor != "tensorflow":
-            raise ValueError(
-                f"{name}: expected floor to be 'tensorflow' or a number above 0, got {floor!r}"
-            )
-        least = 0.0  # the operator's name for it
-    elif isinstance(floor, bool) or not isinstance(floor, SupportsFloat):
-        raise TypeError(
-            f"{name}: expected floor to be 'tensorflow' or a number above 0, got "
-            f"{type(floor).__name__}"
-        )
-    else:
-        least = float(floor)
-        if not (math.isfinite(least) and least >= _LEAST_FLOOR):
-            raise ValueError(
-                f"{name}: expected floor to be 'tensorflow' or a number above 0 (finite, "
-                f"{_LEAST_FLOOR:g} or more), in units of 0 to 255, got {floor}"
-            )
+    least = least_std_of(name, per_channel, floor)
     dtype_code = check_dtype(name, dtype)
     memory_format_code = check_memory_format(name, memory_format)
-    return torch.ops.pixfuse.standardize_per_image.default(  # type: ignore[no-any-return]
-        tensor, per_channel, least, layout_code, dtype_code, memory_format_code
+    if out is None:
+        return torch.ops.pixfuse.standardize_per_image.default(  # type: ignore[no-any-return]
+            tensor, per_channel, least, layout_code, dtype_code, memory_format_code
+        )
+    check_float_out(name, out, tensor, layout_code, dtype, memory_format)
+    torch.ops.pixfuse.standardize_per_image_out.default(
+        tensor, per_channel, least, layout_code, out
     )
-
-
-#: Of what an image can be divided by; less would serve nobody and its reciprocal overflow.
-_LEAST_FLOOR = 1e-30
+    if not torch.compiler.is_compiling() and not out.is_inference():
+        torch.autograd.graph.increment_version(out)  # as torch's own functions with out= do
+    return out
 
 
 def _check_bytes_out(out: torch.Tensor, tensor: torch.Tensor, output_layout: str) -> None:
@@ -341,29 +336,30 @@ def _is_list(images: object) -> bool:
     return isinstance(images, (list, tuple))
 
 
-def _read_list(function: str, images: Any, input_layout: str) -> Iterator[torch.Tensor]:
-    """Each image of a list as (C, H, W), after what has to hold for all of them."""
+def _read_list(
+    function: str, images: Any, input_layout: str
+) -> _images.ImageList | list[torch.Tensor]:
+    """A list of images, after what has to hold for all of them."""
     if input_layout != "NCHW":
         raise ValueError(
             f"{function}: expected no input_layout with a list, got {input_layout!r}; arrays in a "
             "list are (H, W, C) and tensors (C, H, W)"
         )
-    if len(images) == 0:
-        raise ValueError(f"{function}: expected images to have at least 1 image, got none")
-    first: torch.Tensor | None = None
-    for index, image in enumerate(images):
-        pixels = read_image(function, image, index)
-        if first is None:
-            first = pixels
-        if pixels.shape[0] != first.shape[0]:
-            hint = '; convert it, e.g. image.convert("RGB")' if is_pillow(image) else ""
-            raise ValueError(
-                f"{function}: expected images of one channel count, got {first.shape[0]} in "
-                f"images[0] and {pixels.shape[0]} in images[{index}]{hint}"
-            )
-        if pixels.device != first.device:
-            raise ValueError(
-                f"{function}: expected images on one device, got {first.device} for images[0] and "
-                f"{pixels.device} for images[{index}]"
-            )
-        yield pixels
+    return read_list(function, images)
+
+
+def count_each(
+    function: str, images: Images, input_layout: Literal["NCHW", "NHWC"]
+) -> np.ndarray | None:
+    """The histograms of each image of a list, int64 (N, C, 256); None where two operators count."""
+    if not _is_list(images):
+        return None
+    listed = _read_list(function, images, input_layout)
+    return None if isinstance(listed, list) else listed.channel_histogram(each=True)
+
+
+def count_one(image: Any) -> np.ndarray:
+    """The histogram of an image on the CPU, as of a list: int64 (1, C, 256)."""
+    counts = count_each("channel_histogram", [image], "NCHW")
+    assert counts is not None
+    return counts

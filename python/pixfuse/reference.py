@@ -462,3 +462,44 @@ def conv_bias_relu(
         batch.shape[0],
     )
     return output, activity
+
+
+def certified_dead(
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    low: Sequence[float],
+    high: Sequence[float],
+    *,
+    padding: bool = False,
+    groups: int = 1,
+) -> torch.Tensor:
+    """Do what :func:`pixfuse.certified_dead` does, in rational numbers and so without a margin.
+
+    Args:
+        weight: (O, C / groups, kH, kW), finite.
+        bias: (O,), or None.
+        low: C finite numbers.
+        high: C finite numbers.
+        padding: whether zeros enter.
+        groups: into which input and output channels are split.
+
+    Returns:
+        Bool (O,): True where the largest sum, as a real number, is 0 or below.
+
+    Raises:
+        Nothing of its own: arguments are taken as they come.
+    """
+    outputs, inputs, height, width = weight.shape
+    dead = []
+    for o in range(outputs):
+        first = o // (outputs // groups) * inputs
+        total = Fraction(0 if bias is None else bias[o].item())
+        for y in range(height):
+            for x in range(width):
+                tap = Fraction(0)
+                for c in range(inputs):
+                    w = Fraction(weight[o, c, y, x].item())
+                    tap += max(w * Fraction(low[first + c]), w * Fraction(high[first + c]))
+                total += max(tap, Fraction(0)) if padding else tap
+        dead.append(total <= 0)
+    return torch.tensor(dead)

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -17,12 +17,13 @@ import numpy as np
 import torch
 
 from pixfuse.normalization import Normalization, Rounding
-from pixfuse.pixels import Images, channel_histogram, image_moments
+from pixfuse.pixels import Images, channel_histogram, count_each, image_moments
 
 _SCHEMA = "pixfuse.ChannelStatistics"
 _VERSION = 1
 #: Bits behind the point of the std of one image, so that stds add up exactly, in any order.
 _STD_BITS = 64
+_BYTES = np.arange(256)
 
 
 def fold_of(key: str, folds: int) -> int:
@@ -144,17 +145,50 @@ class ChannelStatistics:
                 :func:`pixfuse.channel_histogram`.
             input_layout: the order of the dimensions of a batch or image.
             keys: a name for each image, e.g. its path within the dataset; what the fingerprint is
-                made of, and what tells that two splits overlap.
+                made of, and what tells that two splits overlap. For all images or for none.
 
         Returns:
             Nothing.
 
         Raises:
             TypeError: a wrong type or dtype.
-            ValueError: a wrong shape, another channel count than before, not one key per image, or
-                a key that was counted before.
+            ValueError: a wrong shape, another channel count than before, not one key per image, a
+                key that was counted before, or keys in some updates only.
         """
-        sums, squares = (moments.cpu() for moments in image_moments(images, input_layout))
+        each = count_each("image_moments", images, input_layout)
+        if each is not None:
+            self._update_counts(each, keys)
+            return
+        sums, squares = (moments.cpu().numpy() for moments in image_moments(images, input_layout))
+        pixels = [_pixels_of(images, input_layout, n) for n in range(len(sums))]
+
+        def counts_of(n: int | None) -> np.ndarray:
+            image = images if n is None or getattr(images, "ndim", 0) == 3 else images[n]
+            one: Any = [image] if n is not None and isinstance(images, (list, tuple)) else image
+            return channel_histogram(one, input_layout).cpu().numpy()
+
+        self._update(sums, squares, pixels, counts_of, keys)
+
+    def _update_counts(self, counts: np.ndarray, keys: Sequence[str] | None) -> None:
+        """Count images by their histograms, int64 (N, C, 256): everything follows from them."""
+        pixels: list[int] = counts[:, 0].sum(1).tolist()
+        self._update(
+            counts @ _BYTES,
+            counts @ _BYTES**2,
+            pixels,
+            lambda n: counts.sum(0) if n is None else counts[n],
+            keys,
+        )
+
+    def _update(
+        self,
+        sums: np.ndarray,
+        squares: np.ndarray,
+        pixels: list[int],
+        counts_of: Callable[[int | None], np.ndarray],
+        keys: Sequence[str] | None,
+    ) -> None:
+        """Count images by their moments (N, C) and pixels; ``counts_of`` one of them, or all."""
         count, channels = sums.shape
         self._check_channels("update", channels)
         ids = self._new_ids(keys, count)
@@ -168,18 +202,15 @@ class ChannelStatistics:
             fold = 0 if whole else ids[n] % len(self._parts)
             part = added[fold]
             if not whole:
-                image = images if getattr(images, "ndim", 0) == 3 else images[n]
-                one: Any = [image] if isinstance(images, (list, tuple)) else image
-                part.counts += channel_histogram(one, input_layout).cpu().numpy()
+                part.counts += counts_of(n)
             part.images += 1
-            pixels = _pixels_of(images, input_layout, n)
-            part.pixels += pixels
+            part.pixels += pixels[n]
             part.ids.update(ids[n : n + 1])
             for c in range(channels):
-                spread = pixels * of_squares[c] - of_sums[c] ** 2
-                part.image_std_sums[c] += math.isqrt(spread << (2 * _STD_BITS)) // pixels
+                spread = pixels[n] * of_squares[c] - of_sums[c] ** 2
+                part.image_std_sums[c] += math.isqrt(spread << (2 * _STD_BITS)) // pixels[n]
         if whole:
-            added[0].counts += channel_histogram(images, input_layout).cpu().numpy()
+            added[0].counts += counts_of(None)
         for fold, part in enumerate(added):  # nothing fails from here on
             before = self._parts[fold]
             if before is None:
@@ -188,6 +219,12 @@ class ChannelStatistics:
                 before.add(part)
 
     def _new_ids(self, keys: Sequence[str] | None, count: int) -> list[int]:
+        if count > 0 and self.images > 0 and (keys is not None) != self._has_keys():
+            before, now = ("none", "some") if keys is not None else ("some", "none")
+            raise ValueError(
+                "ChannelStatistics.update: expected keys for all images or for none, got "
+                f"{now} after {self.images} images with {before}"
+            )
         if keys is None:
             if len(self._parts) > 1:
                 raise ValueError(
@@ -362,6 +399,12 @@ class ChannelStatistics:
                 "ChannelStatistics: expected - of a part of what was counted, got "
                 f"{len(missing)} images that were not"
             )
+        for part in result._parts:
+            if part is not None and len(part.ids) > part.images:  # other counted some twice
+                raise ValueError(
+                    "ChannelStatistics: expected - of a part of what was counted, got "
+                    f"{part.images} images left for {len(part.ids)} keys"
+                )
         return result
 
     def __eq__(self, other: object) -> bool:
@@ -370,6 +413,9 @@ class ChannelStatistics:
         return self._to_dict() == other._to_dict()
 
     __hash__ = None  # type: ignore[assignment]  # it changes
+
+    def _has_keys(self) -> bool:
+        return any(part.ids for part in self._parts if part is not None)
 
     def _ids(self) -> set[int]:
         return set().union(*(part.ids for part in self._parts if part is not None))
@@ -383,6 +429,12 @@ class ChannelStatistics:
         part = next((part for part in other._parts if part is not None), None)
         if part is not None:
             self._check_channels(operator, len(part.counts))
+        if self.images > 0 and other.images > 0 and self._has_keys() != other._has_keys():
+            raise ValueError(
+                f"ChannelStatistics: expected {operator} of statistics that both have keys, or "
+                f"both none, got {'keys' if self._has_keys() else 'none'} and "
+                f"{'keys' if other._has_keys() else 'none'}"
+            )
 
     def _combined(self, other: ChannelStatistics, sign: int) -> ChannelStatistics:
         same = sign < 0 or self.split == other.split
@@ -401,7 +453,8 @@ class ChannelStatistics:
         """Give the training statistics of each fold of a cross-validation, from one pass.
 
         Fold ``i`` holds the images with ``fold_of(key, k) == i``; its training statistics are those
-        of all other images.
+        of all other images. Made with ``ChannelStatistics(split, folds=k)``, or a multiple of
+        ``k``, and every ``update`` was given keys.
 
         Args:
             k: how many folds, 2 or more; the ``folds`` of the constructor must be a multiple of it.
@@ -410,7 +463,7 @@ class ChannelStatistics:
             ``k`` statistics: ``[s.normalization() for s in statistics.folds(5)]``.
 
         Raises:
-            ValueError: the counts were not kept in a multiple of ``k`` parts.
+            ValueError: ``k`` is below 2, or does not divide the ``folds`` of the constructor.
         """
         kept = len(self._parts)
         if k < 2 or kept % k != 0:

@@ -11,9 +11,11 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from pixfuse._checks import LARGEST, check_is_normalization, raise_too_large
+from pixfuse._convert import convert
+from pixfuse._image_input import read_image
 from pixfuse._library import DTYPE_CODES
-from pixfuse.functional import crop_mirror_normalize, normalize
-from pixfuse.normalization import UNIT, Normalization
+from pixfuse.functional import crop_mirror_normalize
+from pixfuse.normalization import UNIT, Normalization, PerImageStandardization
 
 #: The Pillow modes in which torchvision's channels are the image's own.
 _PILLOW_MODES = ("1", "L", "RGB", "RGBA")
@@ -35,7 +37,10 @@ class ToNormalized(nn.Module):
 
     Args:
         normalization: mean and std per channel, in units of [0, 1], and a rounding. ``rounding=
-            "torchvision"`` gives the bits of v2, ``"torchvision_v1"`` those of v1.
+            "torchvision"`` gives the bits of v2, ``"torchvision_v1"`` those of v1. Or a
+            :class:`pixfuse.PerImageStandardization`: every image, and every frame of a video or
+            image of a batch, by its own mean and std, as it comes out of the transforms before;
+            the bits of :func:`pixfuse.standardize_per_image`.
         dtype: ``torch.float32``, or ``torch.float16`` or ``torch.bfloat16``: the float32 result
             rounded once, half to even.
 
@@ -63,16 +68,20 @@ class ToNormalized(nn.Module):
     """
 
     def __init__(
-        self, normalization: Normalization = UNIT, dtype: torch.dtype = torch.float32
+        self,
+        normalization: Normalization | PerImageStandardization = UNIT,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        check_is_normalization("ToNormalized", normalization)
+        if not isinstance(normalization, PerImageStandardization):
+            check_is_normalization("ToNormalized", normalization)
         if dtype not in DTYPE_CODES:
             raise TypeError(
                 "ToNormalized: expected dtype to be torch.float32, float16 or bfloat16, got "
                 f"{dtype!r}"
             )
-        if normalization.largest > LARGEST[dtype]:
+        # An image's own std leaves nothing beyond the square root of how many values it has.
+        if isinstance(normalization, Normalization) and normalization.largest > LARGEST[dtype]:
             raise_too_large("ToNormalized", normalization, dtype)
         self.normalization = normalization
         self.dtype = dtype
@@ -103,6 +112,9 @@ class ToNormalized(nn.Module):
             _check_array(image)
         else:
             _check_mode(image.mode)
+        if isinstance(self.normalization, PerImageStandardization):
+            pixels = read_image("ToNormalized", image)
+            return convert(pixels, self.normalization, dtype=self.dtype)
         batch: torch.Tensor = crop_mirror_normalize(
             [image], None, self.normalization, dtype=self.dtype
         )
@@ -117,7 +129,7 @@ class ToNormalized(nn.Module):
         leading = pixels.shape[:-3]
         if len(leading) > 1:
             pixels = pixels.flatten(0, -4)
-        result = normalize(pixels, self.normalization, dtype=self.dtype)
+        result = convert(pixels, self.normalization, dtype=self.dtype)
         if len(leading) > 1:
             result = result.unflatten(0, leading)
         if wrapped:

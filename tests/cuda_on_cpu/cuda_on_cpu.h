@@ -22,6 +22,7 @@
 #include <type_traits>
 
 #include "emulator.h"
+#include "matrix_multiply.h"
 
 // --- Keywords ---
 

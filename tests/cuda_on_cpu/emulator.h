@@ -47,11 +47,11 @@ void* dynamic_shared_memory();
 
 void block_barrier(SourceLocation where);
 
-// What the lanes of a warp operation gave, each up to 8 bytes.
+// What the lanes of a warp operation gave, each up to the operands of a matrix instruction.
 struct LaneValues {
-  static constexpr size_t kMaxBytes = 8;
+  static constexpr size_t kMaxBytes = 24;
   unsigned lanes = 0;  // the lanes that take part: those of the mask which exist
-  alignas(kMaxBytes) std::byte bytes[kWarpLanes][kMaxBytes];
+  alignas(8) std::byte bytes[kWarpLanes][kMaxBytes];
 };
 
 // Waits for the lanes of `mask`; the reference stays valid until the lane's next warp operation.

@@ -1,23 +1,23 @@
 """Compiles CUDA kernels, the emulator and their tests with the host compiler."""
 
-import hashlib
 import importlib.metadata
 import os
 import re
 import subprocess
-import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+import pytest
+
+from tests.build_cache import PROCESSES, BuildCache, digest, jobs
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 CSRC = ROOT / "csrc"
 
 EMULATOR = ("fiber.cpp", "emulator.cpp", "static_shared_memory.cpp")
-JOBS = 2  # a sanitized kernel takes half a gigabyte to compile
-KEEP_SECONDS = 7 * 24 * 3600
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,15 @@ class Flavor:
     runtime: tuple[str, ...] = ()
 
 
-VALUES = Flavor("values", ("-O2",))
+# Less optimization of the kernels than elsewhere: they are compiled with one mistake after another.
+VALUES = Flavor("values", ("-O2",), kernel_flags=("-O1",))
 UCONTEXT = Flavor("ucontext", ("-O1", "-DCUDA_ON_CPU_UCONTEXT"))
 LIBRARY = Flavor("library", ("-O2", "-fPIC"), link_flags=("-shared",))
 # In these two the kernels alone are checked: it is they that are on trial, and the rest is fast.
 SANITIZED = Flavor(
     "sanitized",
     ("-O2", "-DCUDA_ON_CPU_ADDRESS_SANITIZER"),
-    kernel_flags=("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+    kernel_flags=("-Og", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
     link_flags=("-fsanitize=address,undefined",),
 )
 # The race checker stands in for libtsan, so the linker is not told of it. Addresses that do not
@@ -102,6 +103,14 @@ class Program:
         return f"{self.kernel.path.stem}-{self.flavor.name}"
 
 
+def programs_of(item: pytest.Item) -> Iterator[Program]:
+    """What a test will ask for: parameters of it and of its fixtures, or a `program` of these."""
+    for parameter in item.callspec.params.values() if hasattr(item, "callspec") else ():
+        program = getattr(parameter, "program", parameter)
+        if isinstance(program, Program):
+            yield program
+
+
 def cuda_include() -> Path:
     """The folder of CUDA's host headers, as the pinned packages install them."""
     needed = {
@@ -127,9 +136,8 @@ class Toolchain:
     """Builds programs in the background; what did not change since the last time is kept."""
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._folder = folder
-        self._executor = ThreadPoolExecutor(JOBS)
+        self._files = BuildCache(folder)
+        self._executor = ThreadPoolExecutor(min(2, jobs()))  # each takes half a gigabyte
         self._objects: dict[str, Future[Path]] = {}
         self._compiler = os.environ.get("CXX", "g++")
         self._flags = (
@@ -145,16 +153,15 @@ class Toolchain:
         version = subprocess.run(
             [self._compiler, "--version"], check=True, capture_output=True, text=True
         ).stdout
-        self._state = self._hash(
+        self._state = digest(
             version,
             importlib.metadata.version("nvidia-cuda-runtime"),
             *(path.read_text() for path in sorted([*CSRC.rglob("*.h"), *HERE.glob("*.h")])),
         )
-        self._forget_unused()
 
     def start(self, programs: Iterable[Program]) -> None:
-        """Begins to compile, in this order."""
-        for program in programs:
+        """Begins to compile, in this order, unless other processes take part in the tests."""
+        for program in programs if PROCESSES == 1 else ():
             self._start_objects(program)
 
     def build(self, program: Program) -> Path:
@@ -168,8 +175,8 @@ class Toolchain:
             "-T",
             str(script),
         ]
-        key = self._hash(*command, script.read_text())
-        return self._make(f"{program}-{key[:16]}", command)
+        key = digest(*command, script.read_text())
+        return self._files.make(f"{program}-{key}", command)
 
     def close(self) -> None:
         """Drops what has not been started."""
@@ -185,7 +192,7 @@ class Toolchain:
         ]
 
     def _start(self, name: str, flags: tuple[str, ...], source: Path | Kernel) -> Future[Path]:
-        key = self._hash(name, *flags)
+        key = digest(name, *flags)
         if key not in self._objects:
             self._objects[key] = self._executor.submit(self._compile, flags, source)
         return self._objects[key]
@@ -194,36 +201,7 @@ class Toolchain:
         path = source.path if isinstance(source, Kernel) else source
         text = source.text() if isinstance(source, Kernel) else source.read_text()
         command = [self._compiler, *self._flags, *flags, "-x", "c++", "-c"]
-        key = self._hash(self._state, text, *command)
+        key = digest(self._state, text, *command)
         # From standard input: a changed kernel is in no file.
         command += ["-"] if isinstance(source, Kernel) else [str(path)]
-        return self._make(f"{path.stem}-{key[:16]}.o", command, text)
-
-    def _make(self, name: str, command: list[str], text: str = "") -> Path:
-        result = self._folder / name
-        if not result.exists():
-            unfinished = result.with_name(f"{name}.{os.getpid()}")
-            run = subprocess.run(
-                [*command, "-o", str(unfinished)],
-                input=text,
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            if run.returncode != 0:
-                raise RuntimeError(f"{' '.join(run.args)}\n{run.stderr}")
-            unfinished.replace(result)
-        os.utime(result)
-        return result
-
-    def _forget_unused(self) -> None:
-        for path in self._folder.iterdir():
-            if time.time() - path.stat().st_mtime > KEEP_SECONDS:
-                path.unlink(missing_ok=True)
-
-    @staticmethod
-    def _hash(*texts: str) -> str:
-        digest = hashlib.sha256()
-        for text in texts:
-            digest.update(text.encode() + b"\0")
-        return digest.hexdigest()
+        return self._files.make(f"{path.stem}-{key}.o", command, text)

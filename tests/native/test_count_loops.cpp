@@ -172,11 +172,13 @@ bool run_all_on(Isa isa, int64_t& cases) {
         ++cases;
       }
   // Enough for several parts, and for the narrow sums to be emptied.
-  for (const int64_t channels : {1, 3})
-    for (const Layout layout : {Layout::planar, Layout::pixels, Layout::spread}) {
+  for (const int64_t channels : {1, 3, 4})
+    for (const Layout layout :
+         {Layout::planar, Layout::pixels, Layout::pixels_and_one, Layout::spread}) {
       const int64_t sizes[4] = {3, channels, 201, 301};
       if (!run(isa, sizes, layout, true)) return false;
-      ++cases;
+      if (!run(isa, sizes, layout, false)) return false;
+      cases += 2;
     }
   return true;
 }

@@ -1,0 +1,209 @@
+"""Compiles the loops and their tests, under sanitizers and for another machine, and runs them."""
+
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from pixfuse._library import ISA_CODES, available_isas
+from tests.build_cache import BuildCache, digest, jobs
+
+NATIVE = Path(__file__).parent
+ROOT = NATIVE.parent.parent
+CSRC = ROOT / "csrc"
+
+# Checks by calls instead of in line in long functions: these compile three times as fast.
+ADDRESS_CHECKS = ("-fsanitize=address", "--param", "asan-instrumentation-with-call-threshold=100")
+
+
+@dataclass(frozen=True)
+class Program:
+    """A test program, and what it tests: sources, and loops that are compiled per machine."""
+
+    name: str
+    sources: tuple[str, ...]
+    loops: tuple[str, ...]
+    cases: int  # that it runs for each instruction set, at least
+
+
+@dataclass(frozen=True)
+class Build:
+    """One way to compile a program and to run it."""
+
+    flags: tuple[str, ...]
+    compiler: str = "g++"
+    machine: str = platform.machine()
+    runner: tuple[str, ...] = ()
+    arguments: tuple[str, ...] = ()
+
+
+BUILDS = {
+    # Every step checked.
+    "sanitized": Build(
+        ("-O1", "-g1", "-fsanitize=undefined", "-fno-sanitize-recover=all", *ADDRESS_CHECKS)
+    ),
+    # The loops as they are vectorized in the product: gcc adds these checks after that.
+    "address": Build(("-O3", "-g1", *ADDRESS_CHECKS)),
+    "thread": Build(
+        ("-O1", "-g1", "-fsanitize=thread"),
+        # The thread sanitizer of gcc 12 cannot run at the addresses that newer kernels choose.
+        runner=("setarch", "--addr-no-randomize"),
+        arguments=("threads",),
+    ),
+    # The loops as they are in the product, between forbidden pages.
+    "plain": Build(("-O3",)),
+    "aarch64": Build(
+        ("-O3", "-static"),
+        compiler="aarch64-linux-gnu-g++",
+        machine="aarch64",
+        runner=("qemu-aarch64",),
+    ),
+}
+
+
+def loop_flags(machine: str) -> dict[str, list[str]]:
+    """The instruction sets of a machine, and how CMakeLists.txt compiles the loops for each."""
+    text = (ROOT / "CMakeLists.txt").read_text()
+    branches = re.search(
+        r'MATCHES "x86_64\|AMD64"\)\n(.*?)else\(\)\n(.*?)endif\(\)', text, re.DOTALL
+    )
+    assert branches is not None
+    branch = branches[1] if machine == "x86_64" else branches[2]
+    common = re.search(r"set\(loop_flags (.*)\)", text)
+    levels = re.search(r"set\(isa_levels (.*)\)", branch)
+    assert common is not None
+    assert levels is not None
+    flags = {}
+    for isa in levels[1].split():
+        own = re.search(rf"set\(isa_flags_{isa} (.*)\)", branch)
+        assert own is not None
+        flags[isa] = ["-ffp-contract=off", *filter(None, shlex.split(f"{common[1]} {own[1]}"))]
+    return flags
+
+
+@dataclass(frozen=True)
+class Built:
+    """A finished program, and the objects that it is linked of."""
+
+    program: Path
+    sources: dict[str, Path]  # by their names
+    loops: dict[tuple[str, str], Path]  # by their names and instruction sets
+
+
+@cache
+def _state(compiler: str) -> str:
+    """What every object depends on beside its source."""
+    version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True)
+    headers = sorted([*CSRC.rglob("*.h"), *NATIVE.glob("*.h")])
+    return digest(version.stdout, *(path.read_text() for path in headers))
+
+
+@cache
+def build(program: Program, name: str) -> Built:
+    """Compiles a program; a build that this machine cannot make or run skips the test."""
+    build = BUILDS[name]
+    for tool in (build.compiler, *build.runner[:1]):
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} not found")
+    files = BuildCache(ROOT / "build" / "native")
+    compiler = [build.compiler, "-std=c++20", *build.flags]
+    includes = ["-Wall", "-Wextra", f"-I{CSRC}", f"-I{NATIVE}"]
+
+    def compiled(source: Path, stem: str, flags: list[str]) -> Path:
+        command = [*compiler, *includes, *flags, "-c", str(source)]
+        key = digest(_state(build.compiler), source.read_text(), *command)
+        return files.make(f"{stem}-{name}-{key}.o", command)
+
+    with ThreadPoolExecutor(jobs()) as pool:
+        sources = {
+            source.name: pool.submit(compiled, source, source.stem, ["-ffp-contract=off"])
+            for source in (NATIVE / program.name, *(CSRC / source for source in program.sources))
+        }
+        loops = {
+            (loop, isa): pool.submit(
+                compiled,
+                CSRC / loop,
+                f"{Path(loop).stem}_{isa}",
+                [*flags, f"-DPIXFUSE_ISA={isa}"],
+            )
+            for isa, flags in loop_flags(build.machine).items()
+            for loop in program.loops
+        }
+    objects = [future.result() for future in (*sources.values(), *loops.values())]
+    command = [*compiler, "-pthread", *map(str, objects)]
+    return Built(
+        files.make(f"{Path(program.name).stem}-{name}-{digest(*command)}", command),
+        {source: future.result() for source, future in sources.items()},
+        {loop: future.result() for loop, future in loops.items()},
+    )
+
+
+def run(program: Program, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [
+            *BUILDS[name].runner,
+            str(build(program, name).program),
+            *BUILDS[name].arguments,
+            *arguments,
+        ],
+        env={**os.environ, "TSAN_OPTIONS": "halt_on_error=1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def assert_passes(program: Program, name: str) -> None:
+    """It finds no fault, and has run its cases with each instruction set of the machine."""
+    result = run(program, name)
+    assert result.returncode == 0, result.stdout + result.stderr
+    seen = {int(code): int(cases) for code, cases in re.findall(r"isa (\d+): (\d+)", result.stdout)}
+    available = ("portable", "neon") if name == "aarch64" else available_isas()
+    assert set(seen) == {ISA_CODES[isa] for isa in available}
+    assert min(seen.values()) > program.cases
+
+
+def assert_notices(
+    program: Program, name: str, fault: str, words: str | None, *arguments: str
+) -> None:
+    """It finds a planted fault and says so; `None`: a forbidden page, and the process is gone."""
+    result = run(program, name, *arguments, f"planted={fault}")
+    assert result.returncode != 0
+    if words is None:
+        assert result.returncode < 0
+    else:
+        assert words in result.stdout + result.stderr
+
+
+# --- what the linker may not mix up ---
+
+
+def shared_symbols(listing: str) -> list[str]:
+    """Symbols of which the linker keeps one copy of many, whichever comes first."""
+    return [line for line in listing.splitlines() if re.search(r"^\w* +[WVu] ", line)]
+
+
+def symbols(compiled: Path) -> str:
+    return subprocess.run(
+        ["nm", "--demangle", str(compiled)], check=True, capture_output=True, text=True
+    ).stdout
+
+
+def assert_shares_no_function(program: Program, name: str) -> None:
+    """Else a machine without AVX-512 could get the AVX-512 copy of a common inline function."""
+    loops = build(program, name).loops
+    assert {isa for _, isa in loops} == set(loop_flags(BUILDS[name].machine))
+    for (_, isa), compiled in loops.items():
+        listing = symbols(compiled)
+        assert shared_symbols(listing) == []
+        visible = re.findall(r"^\w+ T (.*)\(", listing, re.MULTILINE)
+        assert visible
+        assert all(function.startswith(f"pixfuse::{isa}::") for function in visible)
