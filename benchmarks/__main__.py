@@ -6,7 +6,14 @@ With ``--quick`` each measures little and writes nothing, and the charts and the
 import argparse
 import sys
 
-from benchmarks import bench_collate, bench_loader, bench_normalize, bench_pixels, plot
+from benchmarks import (
+    bench_collate,
+    bench_conv_bias_relu,
+    bench_loader,
+    bench_normalize,
+    bench_pixels,
+    plot,
+)
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
@@ -14,7 +21,13 @@ if __name__ == "__main__":
     arguments = ["--quick"] if parser.parse_args().quick else []
     status = max(
         benchmark.main(arguments)
-        for benchmark in (bench_normalize, bench_collate, bench_loader, bench_pixels)
+        for benchmark in (
+            bench_normalize,
+            bench_collate,
+            bench_loader,
+            bench_pixels,
+            bench_conv_bias_relu,
+        )
     )
     if not arguments:
         plot.main([])

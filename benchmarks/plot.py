@@ -308,6 +308,129 @@ def _draw_stacks(axes: Any, title: str, rows: Sequence[dict[str, Any]]) -> None:
     axes.set_axis_off()
 
 
+# ---- conv + bias + ReLU --------------------------------------------------------------------------
+
+EAGER, COMPILE, FUSED = "torch eager", "torch.compile", "oneDNN conv + ReLU alone"
+CONVOLUTION_COLORS = {OURS: OURS_COLOR, EAGER: "#d9dee6", COMPILE: PEER_COLOR, FUSED: "#3a6ea5"}
+
+
+def convolution_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """The median milliseconds of everybody, for each layer, memory format and number of threads."""
+    found: dict[tuple[str, str, int], dict[str, Any]] = {}
+    for timing in results["timings"]:
+        key = (timing["layer"], timing["output"], timing["threads"])
+        row = found.setdefault(key, {"ms": {}})
+        row["layer"], row["output"], row["threads"] = key
+        row["ms"][timing["name"]] = timing["us_per_call"][1] / 1e3
+        if timing["name"] == OURS:
+            row["share"] = timing["share_of_fma_peak"]
+    return [row for row in found.values() if OURS in row["ms"]]
+
+
+def convolution_work(results: dict[str, Any]) -> str:
+    return f"batches of 16, one thread; {machine(results)}"
+
+
+def convolution_section(results: dict[str, Any], chart: str) -> list[str]:
+    lines = [
+        "### Convolution, bias and ReLU",
+        "",
+        "Stems from uint8 images of 224x224x3, layers of many channels from floats; milliseconds, "
+        f"{convolution_work(results)}:",
+        "",
+        f"| | output | **{OURS}** | {EAGER} | {COMPILE} | {FUSED} | share of the FMA peak |",
+        "|---|---|--:|--:|--:|--:|--:|",
+    ]
+    rows = convolution_rows(results)
+    for row in rows:
+        threads = "" if row["threads"] == 1 else f", {row['threads']} threads"
+        times = " | ".join(
+            f"{row['ms'][name]:.1f}" if name in row["ms"] else ""
+            for name in (OURS, EAGER, COMPILE, FUSED)
+        )
+        share = f"{100 * row['share']:.0f} %"
+        lines.append(f"| {row['layer']}{threads} | {row['output']} | {times} | {share} |")
+    return [
+        *lines,
+        "",
+        f"Eager and compiled normalize, convolve, apply ReLU and count; {FUSED} starts from floats "
+        "and neither normalizes nor counts. The FMA peak, "
+        f"{results['fma_peak_gflops']:.0f} GFLOP/s on a core, is that of a loop on registers "
+        "alone, measured in the same run: no direct convolution in float32 is quicker. "
+        + convolution_limits(results, rows),
+        "",
+        f"![Times of pixfuse and its peers, over those of pixfuse]({chart})",
+        "",
+        *claim_lines(results),
+        "",
+        f"Medians of up to {results['most_samples']} interleaved rounds, fresh outputs, each "
+        "result checked before it was timed; claims are for the memory format where they are met "
+        f"worse. {origin(results)}",
+    ]
+
+
+def convolution_limits(results: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
+    """What the speedup over eager torch could be at most, where it is a matter of the peak."""
+    work = {layer["name"]: layer["multiply_adds"] for layer in results["layers"]}
+    stems = [layer["name"] for layer in results["layers"] if layer["is_stem"]]
+    parts = []
+    for name in stems:
+        least_ms = work[name] * 2e-6 / results["fma_peak_gflops"]
+        eager = [
+            row["ms"][EAGER]
+            for row in rows
+            if row["layer"] == name and row["threads"] == 1 and EAGER in row["ms"]
+        ]
+        if eager:
+            parts.append(f"{name.removesuffix(' stem')} {min(eager) / least_ms:.1f}")
+    return f"At that peak the speedups over eager torch would be: {', '.join(parts)}."
+
+
+def draw_convolution(results: dict[str, Any], path: Path, source: str) -> None:
+    """Times over ours, a group of bars for each layer with a channels-last output."""
+    plt = pyplot()
+    rows = [
+        row
+        for row in convolution_rows(results)
+        if row["threads"] == 1 and row["output"] == "channels_last"
+    ]
+    bars = sum(len(row["ms"]) for row in rows)
+    figure, axes = plt.subplots(figsize=(9.0, 1.2 + 0.2 * bars + 0.16 * len(rows)), dpi=160)
+    top = figure.get_figheight()
+    figure.subplots_adjust(left=0.3, right=0.9, top=1 - 1.0 / top, bottom=0.15 / top)
+    place, most = 0.0, max(max(row["ms"].values()) / row["ms"][OURS] for row in rows)
+    for row in rows:
+        begin = place
+        for name, color in CONVOLUTION_COLORS.items():
+            if name not in row["ms"]:
+                continue
+            ratio = row["ms"][name] / row["ms"][OURS]
+            axes.barh(place, ratio, height=0.9, color=color)
+            text = f"{ratio:.2f}" if name != OURS else f"{row['ms'][name]:.1f} ms"
+            axes.text(ratio + 0.01 * most, place, text, va="center", fontsize=8)
+            place += 1
+        axes.text(
+            -0.02 * most,
+            (begin + place - 1) / 2,
+            row["layer"],
+            ha="right",
+            va="center",
+            fontsize=10,
+        )
+        place += 0.8
+    axes.axvline(1, color=TEXT_COLOR, linewidth=1, linestyle=(0, (3, 2)))
+    axes.set_ylim(place - 0.8, -0.8)
+    axes.set_xlim(0, most * 1.05)
+    axes.set_axis_off()
+    title = "Convolution, bias and ReLU: time over pixfuse's"
+    figure.text(0.02, 1 - 0.34 / top, title, fontsize=14, fontweight="bold")
+    figure.text(0.02, 1 - 0.58 / top, convolution_work(results), fontsize=9.5, color=FAINT_COLOR)
+    for index, (name, color) in enumerate(CONVOLUTION_COLORS.items()):
+        figure.text(0.3 + 0.16 * index, 1 - 0.82 / top, "■", fontsize=11, color=color)
+        figure.text(0.32 + 0.16 * index, 1 - 0.82 / top, name, fontsize=9)
+    save(figure, path, source)
+
+
 # ---- counts, standardizing, and the way back to pixels -------------------------------------------
 
 
@@ -510,6 +633,7 @@ REPORTS = (
     Report("normalize_cpu.json", normalize_section, draw_normalize),
     Report("collate_cpu.json", collate_section, draw_collate),
     Report("loader_cpu.json", loader_section, draw_loader),
+    Report("conv_bias_relu_cpu.json", convolution_section, draw_convolution),
     Report("pixels_cpu.json", pixels_section, draw_pixels),
 )
 

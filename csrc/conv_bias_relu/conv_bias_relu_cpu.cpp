@@ -21,7 +21,8 @@ constexpr int64_t kGrainElements = 32768;
 constexpr int64_t kCachedWeightFloats = 1 << 16;
 
 struct Loops {
-  int64_t lanes, max_vectors;
+  int64_t lanes;
+  int64_t (*max_vectors)(bool planes_of_floats);
   void (*convolve)(const ConvBiasReluJob&, int64_t first, int64_t last, const Scratch&);
   void (*relu_count)(const ReluCountJob&, int64_t first, int64_t last);
 };
@@ -30,18 +31,18 @@ Loops loops_for(Isa isa) {
   switch (isa) {
 #if defined(__x86_64__)
     case Isa::avx2:
-      return {avx2::vector_lanes(), avx2::max_vectors(), avx2::conv_bias_relu_loop,
+      return {avx2::vector_lanes(), avx2::max_vectors, avx2::conv_bias_relu_loop,
               avx2::relu_count_loop};
     case Isa::avx512:
-      return {avx512::vector_lanes(), avx512::max_vectors(), avx512::conv_bias_relu_loop,
+      return {avx512::vector_lanes(), avx512::max_vectors, avx512::conv_bias_relu_loop,
               avx512::relu_count_loop};
 #elif defined(__aarch64__)
     case Isa::neon:
-      return {neon::vector_lanes(), neon::max_vectors(), neon::conv_bias_relu_loop,
+      return {neon::vector_lanes(), neon::max_vectors, neon::conv_bias_relu_loop,
               neon::relu_count_loop};
 #endif
     default:
-      return {portable::vector_lanes(), portable::max_vectors(), portable::conv_bias_relu_loop,
+      return {portable::vector_lanes(), portable::max_vectors, portable::conv_bias_relu_loop,
               portable::relu_count_loop};
   }
 }
@@ -140,7 +141,9 @@ int32_t conv_bias_relu_cpu(const ConvBiasReluArgs& args, ParallelFor parallel_fo
   ConvBiasReluJob job{};
   job.args = args;
   const int64_t vectors = (outputs + loops.lanes - 1) / loops.lanes;
-  job.blocks = {loops.lanes, vectors, (vectors + loops.max_vectors - 1) / loops.max_vectors};
+  const bool planes = args.output_strides[1] != 1;
+  const int64_t most = loops.max_vectors(planes && args.output_type == ElementType::float32);
+  job.blocks = {loops.lanes, vectors, (vectors + most - 1) / most};
   job.taps_per_row = args.kernel[1] * channels;
   job.interleaved_lines =
       channels > 1 && args.input_strides[1] == 1 && args.input_strides[3] == channels;

@@ -3,7 +3,8 @@
 // The lines of input that some output rows reach are brought into a buffer that stays in the cache,
 // as floats, with true zeros where the padding is. Then tiles of a few pixels times a few vectors
 // of output channels are summed up in registers: each value of a line is broadcast, and multiplied
-// with the weights of its tap. What a tile leaves is staged for ReLU, counts, rounding and order.
+// with the weights of its tap. A tile of floats is finished there too, ReLU, counts and order
+// included; what is rounded to 16 bits, or fills no vector, is staged for that.
 #include "conv_bias_relu/conv_bias_relu_loop.h"
 #include "conv_bias_relu/vectors.h"
 
@@ -21,7 +22,22 @@ constexpr int kTilePixels[kMaxVectors] = {12, 12, 8, 6};
 constexpr int kMaxVectors = 2;
 constexpr int kTilePixels[kMaxVectors] = {10, 6};
 #endif
-constexpr int kMostTilePixels = 12;
+
+// Where there are registers for a square of sums, it is transposed in them: for outputs whose
+// pixels of a channel lie side by side.
+#if defined(__AVX512F__)
+constexpr bool kSquareTiles = true;
+#else
+constexpr bool kSquareTiles = false;
+#endif
+constexpr int kMostTilePixels = kLanes > 12 ? kLanes : 12;
+
+// Counts and sums of one channel block over a few pixels, so few that a sum in float32 is right to
+// 1e-5.
+struct Counts {
+  Integers active[kMaxVectors] = {};
+  Vector sum[kMaxVectors] = {};
+};
 
 // A tile's place: the lines its kernel reads, at the tile's first pixel.
 struct Tile {
@@ -33,7 +49,13 @@ struct Tile {
   int64_t pixel_step;  // floats from one output pixel's taps to the next one's
   const float* weight;
   const float* bias;
+  Counts* counts;
 };
+
+// What happens to a tile's sums: they are stored, to be finished from there; or they are finished
+// and stored in an output where the channels of a pixel, or the pixels of a channel, are side by
+// side.
+enum class Place { stage, pixels, planes };
 
 // Calls body(0) to body(count - 1), with numbers that are constants: only then does gcc keep an
 // array of accumulators in registers from one kernel row to the next.
@@ -47,8 +69,22 @@ template <int count, class Body>
   body(Constant<count - 1>{});
 }
 
-template <int vectors, int pixels>
-void sum_tile(const Tile& tile, float* stage) {
+// `out` has a distance of `step` floats between pixels, or between planes; on the stage, none.
+template <Place place, int vectors, int pixels>
+void run_tile(const Tile& tile, float* out, int64_t step) {
+  // The stores come after so much arithmetic that their lines can be in the cache by then.
+  if constexpr (place == Place::pixels) {
+    unrolled<pixels>([&](auto q) __attribute__((always_inline)) {
+      constexpr int kLineFloats = 16, lines = (vectors * kLanes + kLineFloats - 1) / kLineFloats;
+      unrolled<lines>([&](auto line) __attribute__((always_inline)) {
+        __builtin_prefetch(out + q.value * step + line.value * kLineFloats, 1);
+      });
+    });
+  } else if constexpr (place == Place::planes) {
+    unrolled<kLanes>([&](auto c) __attribute__((always_inline)) {
+      __builtin_prefetch(out + c.value * step, 1);
+    });
+  }
   Vector sums[vectors * pixels];
   unrolled<vectors>([&](auto v) __attribute__((always_inline)) {
     const Vector bias = load(tile.bias + v.value * kLanes);
@@ -56,7 +92,7 @@ void sum_tile(const Tile& tile, float* stage) {
         [&](auto q) __attribute__((always_inline)) { sums[q.value * vectors + v.value] = bias; });
   });
   const float* weight = tile.weight;
-  const int64_t taps = tile.taps, step = tile.pixel_step;
+  const int64_t taps = tile.taps, pixel_step = tile.pixel_step;
   const int64_t* const offsets = tile.tap_offsets;
   for (int64_t row = 0; row < tile.kernel_rows; ++row) {
     const float* const line = tile.lines[row] + tile.line_start;
@@ -68,7 +104,7 @@ void sum_tile(const Tile& tile, float* stage) {
       weight += vectors * kLanes;
       const float* const at = line + offsets[t];
       unrolled<pixels>([&](auto q) __attribute__((always_inline)) {
-        const Vector value = broadcast(at[q.value * step]);
+        const Vector value = broadcast(at[q.value * pixel_step]);
         unrolled<vectors>([&](auto v) __attribute__((always_inline)) {
           Vector& sum = sums[q.value * vectors + v.value];
           sum = multiply_add(value, w[v.value], sum);
@@ -76,32 +112,77 @@ void sum_tile(const Tile& tile, float* stage) {
       });
     }
   }
-  unrolled<vectors * pixels>([&](auto i) __attribute__((always_inline)) {
-    store(stage + i.value * kLanes, sums[i.value]);
+  if constexpr (place == Place::stage) {
+    unrolled<vectors * pixels>([&](auto i) __attribute__((always_inline)) {
+      store(out + i.value * kLanes, sums[i.value]);
+    });
+    return;
+  }
+  unrolled<vectors>([&](auto v) __attribute__((always_inline)) {
+    Integers active = tile.counts->active[v.value];
+    Vector total = tile.counts->sum[v.value];
+    unrolled<pixels>([&](auto q) __attribute__((always_inline)) {
+      Vector& y = sums[q.value * vectors + v.value];
+      y = relu(y);
+      active = count_positive(active, y);
+      total += y;
+      if constexpr (place == Place::pixels) store(out + q.value * step + v.value * kLanes, y);
+    });
+    tile.counts->active[v.value] = active;
+    tile.counts->sum[v.value] = total;
   });
-}
-
-using SumTile = void (*)(const Tile&, float*);
-struct TileTable {
-  SumTile of[kMaxVectors][kMostTilePixels];
-};
-
-template <int vectors, int pixels>
-constexpr void fill_tiles(TileTable& table) {
-  table.of[vectors - 1][pixels - 1] = sum_tile<vectors, pixels>;
-  if constexpr (pixels > 1) {
-    fill_tiles<vectors, pixels - 1>(table);
-  } else if constexpr (vectors > 1) {
-    fill_tiles<vectors - 1, kTilePixels[vectors - 2]>(table);
+  if constexpr (place == Place::planes) {
+    Vector square[kLanes];
+    unrolled<kLanes>([&](auto q) __attribute__((always_inline)) {
+      square[q.value] = q.value < pixels ? sums[q.value < pixels ? q.value : 0] : Vector{};
+    });
+    transpose<kLanes / 2>(square);
+    unrolled<kLanes>([&](auto c) __attribute__((always_inline)) {
+      if constexpr (pixels == kLanes) {
+        store(out + c.value * step, square[c.value]);
+      } else {
+        store_exact(out + c.value * step, square[c.value], pixels);
+      }
+    });
   }
 }
 
+using RunTile = void (*)(const Tile&, float*, int64_t);
+struct TileTable {
+  RunTile of[kMaxVectors][kMostTilePixels];
+};
+
+// How many of `left` pixels the next tile takes: few different numbers, as each is a function.
+template <Place place>
+constexpr int64_t tile_pixels(int64_t vectors, int64_t left) {
+  if (place == Place::planes) return left >= kLanes ? kLanes : left > 8 ? (left + 1) / 2 : left;
+  const int64_t most = kTilePixels[vectors - 1];
+  return left >= most ? most : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+}
+
+template <Place place, int vectors, int pixels = kMostTilePixels>
+constexpr void fill_tiles(TileTable& table) {
+  if constexpr (tile_pixels<place>(vectors, pixels) == pixels) {
+    table.of[vectors - 1][pixels - 1] = run_tile<place, vectors, pixels>;
+  }
+  if constexpr (pixels > 1) {
+    fill_tiles<place, vectors, pixels - 1>(table);
+  } else if constexpr (vectors > 1) {
+    fill_tiles<place, vectors - 1>(table);
+  }
+}
+
+template <Place place>
 constexpr TileTable all_tiles() {
   TileTable table{};
-  fill_tiles<kMaxVectors, kTilePixels[kMaxVectors - 1]>(table);
+  constexpr int vectors = place == Place::planes ? 1 : kMaxVectors;
+  if constexpr (place != Place::planes || kSquareTiles) {
+    fill_tiles<place, vectors>(table);
+  }
   return table;
 }
-constexpr TileTable kTiles = all_tiles();
+template <Place place>
+constexpr TileTable kTiles = all_tiles<place>();
 
 // --- lines ---
 
@@ -119,16 +200,16 @@ inline float normalized(uint8_t x, float scale, float mean, float std, double ce
 }
 
 // `count` bytes; the constants repeat after `period` of them, and begin at `first`.
-template <Arithmetic arithmetic>
+template <Arithmetic arithmetic, int period>
 void normalize_run(const ConvBiasReluJob& job, const uint8_t* __restrict in, float* __restrict out,
-                   int64_t count, int64_t first, int64_t period) {
+                   int64_t count, int64_t first) {
   const float scale = job.args.scale;
   const float *mean = job.mean + first, *std = job.std + first;
   const double *high = job.center_high + first, *low = job.center_low + first,
                *inverse_width = job.inverse_width + first;
   int64_t begin = 0;
   for (; begin + period <= count; begin += period) {
-    for (int64_t i = 0; i < period; ++i) {
+    for (int i = 0; i < period; ++i) {
       out[begin + i] = normalized<arithmetic>(in[begin + i], scale, mean[i], std[i], high[i],
                                               low[i], inverse_width[i]);
     }
@@ -136,6 +217,21 @@ void normalize_run(const ConvBiasReluJob& job, const uint8_t* __restrict in, flo
   for (int64_t i = 0; begin + i < count; ++i) {
     out[begin + i] = normalized<arithmetic>(in[begin + i], scale, mean[i], std[i], high[i], low[i],
                                             inverse_width[i]);
+  }
+}
+
+template <Arithmetic arithmetic>
+void normalize_run(const ConvBiasReluJob& job, const uint8_t* in, float* out, int64_t count,
+                   int64_t first, int64_t period) {
+  switch (period / kCyclePixels) {
+    case 1:
+      return normalize_run<arithmetic, kCyclePixels>(job, in, out, count, first);
+    case 2:
+      return normalize_run<arithmetic, 2 * kCyclePixels>(job, in, out, count, first);
+    case 3:
+      return normalize_run<arithmetic, 3 * kCyclePixels>(job, in, out, count, first);
+    default:
+      return normalize_run<arithmetic, 4 * kCyclePixels>(job, in, out, count, first);
   }
 }
 
@@ -213,43 +309,45 @@ struct Totals {
   double* sum;
 };
 
-// ReLU, rounding, activity of `pixels` times `vectors`; what remains is in `stage`, or where it is
-// final already: in `out`, whose pixels are `out_step` apart, when all channels are wanted.
-template <class T, int vectors, bool direct>
-void finish(float* stage, int64_t pixels, const Totals& totals, T* out, int64_t out_step) {
-  Integers active[vectors] = {};
-  Vector sums[vectors] = {};
+// ReLU, rounding and activity of `pixels` times `vectors` on the stage, where the results stay.
+template <class T, int vectors>
+Counts finish(float* stage, int64_t pixels) {
+  Counts counts;
   for (int64_t p = 0; p < pixels; ++p) {
     for (int v = 0; v < vectors; ++v) {
       float* at = stage + (p * vectors + v) * kLanes;
       const Vector y = round_as<T>(relu(load(at)));
-      active[v] = count_positive(active[v], y);
-      sums[v] += y;
-      if constexpr (direct) {
-        store_exact(out + p * out_step + v * kLanes, y);
-      } else {
-        store(at, y);
-      }
+      counts.active[v] = count_positive(counts.active[v], y);
+      counts.sum[v] += y;
+      store(at, y);
     }
   }
-  int32_t counts[vectors * kLanes];
-  float float_sums[vectors * kLanes];
-  __builtin_memcpy(counts, active, sizeof counts);
-  __builtin_memcpy(float_sums, sums, sizeof float_sums);
+  return counts;
+}
+
+// Adds the counts of some pixels. The NaNs are counted in what became of the pixels: value (p, c)
+// is at p * pixel_step + c * channel_step.
+template <int vectors, class T>
+void add_counts(const Counts& counts, const Totals& totals, const T* values, int64_t pixels,
+                int64_t channels, int64_t pixel_step, int64_t channel_step) {
+  int32_t active[vectors * kLanes];
+  float sums[vectors * kLanes];
+  __builtin_memcpy(active, counts.active, sizeof active);
+  __builtin_memcpy(sums, counts.sum, sizeof sums);
   for (int i = 0; i < vectors * kLanes; ++i) {
-    totals.active[i] += counts[i];
-    totals.sum[i] += static_cast<double>(float_sums[i]);
+    totals.active[i] += active[i];
+    totals.sum[i] += static_cast<double>(sums[i]);
   }
   // No output is below 0, so a sum is NaN only when one of the outputs is.
-  Integers any_nan = sums[0] != sums[0];
-  for (int v = 1; v < vectors; ++v) any_nan |= sums[v] != sums[v];
+  Integers any_nan = counts.sum[0] != counts.sum[0];
+  for (int v = 1; v < vectors; ++v) any_nan |= counts.sum[v] != counts.sum[v];
   int32_t found = 0;
   for (int i = 0; i < kLanes; ++i) found |= any_nan[i];
   if (found == 0) return;
-  for (int i = 0; i < vectors * kLanes; ++i) {
+  for (int64_t c = 0; c < vectors * kLanes && c < channels; ++c) {
     for (int64_t p = 0; p < pixels; ++p) {
-      const float value = stage[p * vectors * kLanes + i];
-      totals.nan[i] += value != value ? 1 : 0;
+      const float value = to_float(values[p * pixel_step + c * channel_step]);
+      totals.nan[c] += value != value ? 1 : 0;
     }
   }
 }
@@ -298,41 +396,55 @@ void store_planes(const float* stage, int64_t pixels, int64_t channels, T* out, 
 
 // --- one item ---
 
+// Up to kStagePixels neighbouring pixels of a block of channels, tile by tile, into `out`.
+template <Place place, int vectors>
+void run_tiles(Tile tile, int64_t pixels, float* out, int64_t step) {
+  for (int64_t left = pixels; left > 0;) {
+    const int64_t width = tile_pixels<place>(vectors, left);
+    kTiles<place>.of[vectors - 1][width - 1](tile, out, step);
+    tile.line_start += width * tile.pixel_step;
+    out += width * (place == Place::planes ? 1 : step);
+    left -= width;
+  }
+}
+
 // One block of channels of one output row.
 template <class T, int vectors>
 void run_row(const ConvBiasReluJob& job, const Tile& row_tile, int64_t channels,
              const Totals& totals, T* out, float* stage) {
   const ConvBiasReluArgs& args = job.args;
-  const int64_t width = args.output_sizes[3], step = args.output_strides[3];
-  const bool pixels_of_channels = args.output_strides[1] == 1;
-  const bool direct = pixels_of_channels && channels >= vectors * kLanes;
-  constexpr int64_t most = kTilePixels[vectors - 1];
-  constexpr int64_t tiles_staged = kStageFloats / (vectors * kLanes * most);
-  const int64_t tiles = (width + most - 1) / most;
-  const int64_t each = width / tiles, more = width % tiles;  // the first ones have one pixel more
+  const int64_t width = args.output_sizes[3], pixel_step = args.output_strides[3];
+  const int64_t channel_step = args.output_strides[1];
+  const bool whole = channels >= vectors * kLanes;
   Tile tile = row_tile;
-  const int64_t runs = (tiles + tiles_staged - 1) / tiles_staged;
-  for (int64_t run = 0; run < runs; ++run) {
-    const int64_t first = tiles * run / runs, last = tiles * (run + 1) / runs;
-    const int64_t begin = first * each + (first < more ? first : more);
-    int64_t pixel = begin;
-    for (int64_t t = first; t < last; ++t) {
-      const int64_t pixels = each + (t < more ? 1 : 0);
-      tile.line_start = pixel * tile.pixel_step;
-      kTiles.of[vectors - 1][pixels - 1](tile, stage + (pixel - begin) * vectors * kLanes);
-      pixel += pixels;
+  for (int64_t begin = 0; begin < width; begin += kStagePixels) {
+    const int64_t pixels = width - begin < kStagePixels ? width - begin : kStagePixels;
+    Counts counts;
+    tile.counts = &counts;
+    tile.line_start = begin * tile.pixel_step;
+    T* const to = out + begin * pixel_step;
+    bool done = false;
+    if constexpr (__is_same(T, float)) {
+      if (whole && channel_step == 1) {
+        run_tiles<Place::pixels, vectors>(tile, pixels, to, pixel_step);
+        done = true;
+      } else if constexpr (kSquareTiles && vectors == 1) {
+        if (whole) {
+          run_tiles<Place::planes, 1>(tile, pixels, to, channel_step);
+          done = true;
+        }
+      }
     }
-    T* to = out + begin * step;
-    if (direct) {
-      finish<T, vectors, true>(stage, pixel - begin, totals, to, step);
-      continue;
+    if (!done) {
+      run_tiles<Place::stage, vectors>(tile, pixels, stage, vectors * kLanes);
+      counts = finish<T, vectors>(stage, pixels);
+      if (channel_step == 1) {
+        store_pixels<T, vectors>(stage, pixels, channels, to, pixel_step);
+      } else {
+        store_planes<T, vectors>(stage, pixels, channels, to, channel_step);
+      }
     }
-    finish<T, vectors, false>(stage, pixel - begin, totals, to, step);
-    if (pixels_of_channels) {
-      store_pixels<T, vectors>(stage, pixel - begin, channels, to, step);
-    } else {
-      store_planes<T, vectors>(stage, pixel - begin, channels, to, args.output_strides[1]);
-    }
+    add_counts<vectors>(counts, totals, to, pixels, channels, pixel_step, channel_step);
   }
 }
 
@@ -412,7 +524,8 @@ void run_items(const ConvBiasReluJob& job, int64_t first_item, int64_t last_item
                           job.tap_offsets,
                           pixel_step,
                           job.weight + channel * taps,
-                          job.bias + channel};
+                          job.bias + channel,
+                          nullptr};
           T* out = static_cast<T*>(args.output) + n * args.output_strides[0] +
                    channel * args.output_strides[1] + y * args.output_strides[2];
           run_row<T>(vectors, job, tile, channels - channel, totals, out, stage);
@@ -425,7 +538,9 @@ void run_items(const ConvBiasReluJob& job, int64_t first_item, int64_t last_item
 }  // namespace
 
 int64_t vector_lanes() { return kLanes; }
-int64_t max_vectors() { return kMaxVectors; }
+int64_t max_vectors(bool planes_of_floats) {
+  return kSquareTiles && planes_of_floats ? 1 : kMaxVectors;
+}
 
 void conv_bias_relu_loop(const ConvBiasReluJob& job, int64_t first, int64_t last,
                          const Scratch& scratch) {

@@ -54,8 +54,9 @@ struct ConvBiasReluJob {
 };
 
 // Floats of scratch memory that a call of the loop needs, aligned to 64 bytes: the lines, one of
-// zeros, and the results of a few pixels.
-constexpr int64_t kStageFloats = 3072;
+// zeros, and the results of a few pixels, of up to 4 vectors of 16 channels.
+constexpr int64_t kStagePixels = 48;
+constexpr int64_t kStageFloats = kStagePixels * 64;
 static inline int64_t scratch_floats(const ConvBiasReluJob& job) {
   return (job.lines + 1) * job.line_floats + kStageFloats;
 }
@@ -78,32 +79,33 @@ struct ReluCountJob {
 };
 constexpr int64_t kRunPixels = 512;
 
-// max_vectors: how many vectors of output channels one pass over the input computes at most. The
-// loops do the items [first, last); those of a convolution are counted along an image, then images.
+// max_vectors: how many vectors of output channels one pass over the input computes at most, of
+// outputs that are planes of floats, or others. The loops do the items [first, last); those of a
+// convolution are counted along an image, then images.
 namespace portable {
 int64_t vector_lanes();
-int64_t max_vectors();
+int64_t max_vectors(bool planes_of_floats);
 void conv_bias_relu_loop(const ConvBiasReluJob& job, int64_t first, int64_t last,
                          const Scratch& scratch);
 void relu_count_loop(const ReluCountJob& job, int64_t first, int64_t last);
 }  // namespace portable
 namespace avx2 {
 int64_t vector_lanes();
-int64_t max_vectors();
+int64_t max_vectors(bool planes_of_floats);
 void conv_bias_relu_loop(const ConvBiasReluJob& job, int64_t first, int64_t last,
                          const Scratch& scratch);
 void relu_count_loop(const ReluCountJob& job, int64_t first, int64_t last);
 }  // namespace avx2
 namespace avx512 {
 int64_t vector_lanes();
-int64_t max_vectors();
+int64_t max_vectors(bool planes_of_floats);
 void conv_bias_relu_loop(const ConvBiasReluJob& job, int64_t first, int64_t last,
                          const Scratch& scratch);
 void relu_count_loop(const ReluCountJob& job, int64_t first, int64_t last);
 }  // namespace avx512
 namespace neon {
 int64_t vector_lanes();
-int64_t max_vectors();
+int64_t max_vectors(bool planes_of_floats);
 void conv_bias_relu_loop(const ConvBiasReluJob& job, int64_t first, int64_t last,
                          const Scratch& scratch);
 void relu_count_loop(const ReluCountJob& job, int64_t first, int64_t last);

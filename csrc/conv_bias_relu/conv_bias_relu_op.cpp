@@ -1,7 +1,7 @@
 // The operator on CPU tensors: schema, checks, allocation; hands plain pointers down.
 //
-// Few input channels go through the direct convolution. The others go through torch's own one, in
-// slices of the batch that stay in the cache for the last pass.
+// Few input channels go through the direct convolution. The others go through torch's own one, and
+// the last pass over its result while that is in a cache.
 #include "common/cpu_output.h"
 #include "conv_bias_relu/conv_bias_relu_args.h"
 #include "conv_bias_relu/conv_bias_relu_loop.h"
@@ -12,14 +12,26 @@ namespace {
 using Call = ConvBiasReluCall;
 constexpr const char* kName = kConvBiasRelu;
 
-// Output bytes of a slice of the batch, as much as stays in the caches of a core; but some times
-// the weights, which torch brings into oneDNN's order for each slice anew.
-constexpr int64_t kSliceBytes = int64_t{1} << 20;
-constexpr int64_t kSliceWeights = 2;
+// An output of up to this many bytes is torch's own, with the last pass in place: it is still in a
+// cache then. A larger one is recycled memory, as fresh memory costs more than a copy, and torch's
+// convolution goes in slices of the batch: of a cache's size, as each costs some 0.1 ms.
+constexpr int64_t kWholeBytes = int64_t{16} << 20;
+constexpr int64_t kSliceBytes = int64_t{8} << 20;
+
+int64_t bytes_per_output(const Call& call) {
+  return call.dtype == kFloat64 ? 8 : element_bytes(static_cast<ElementType>(call.dtype));
+}
+
+Tensor empty_output(const Call& call) {
+  const int32_t type = call.dtype == kFloat64 ? aoti_torch_dtype_float64()
+                                              : shim_dtype(static_cast<ElementType>(call.dtype));
+  return empty_cpu_output(4, call.output_sizes, call.output_strides, type, bytes_per_output(call));
+}
 
 // --- few input channels ---
 
-void convolve_directly(const Call& call, Tensor& output, const ChannelActivity& activity) {
+Tensor convolve_directly(const Call& call, const ChannelActivity& activity) {
+  Tensor output = empty_output(call);
   ConvBiasReluArgs args{};
   args.input = call.input.const_data_ptr();
   args.input_type =
@@ -55,15 +67,15 @@ void convolve_directly(const Call& call, Tensor& output, const ChannelActivity& 
   args.activity = activity;
   check(conv_bias_relu_cpu(args, torch_parallel_for) == 0, kName,
         "torch's threads to run the loop");
+  return output;
 }
 
 // --- many ---
 
-void convolve_in_slices(const Call& call, Tensor& output, const ChannelActivity& activity) {
+Tensor convolve_with_torch(const Call& call, const ChannelActivity& activity) {
   const int64_t images = call.output_sizes[0];
   const int64_t image_elements = call.output_sizes[1] * call.output_sizes[2] * call.output_sizes[3];
-  const int64_t bytes =
-      call.dtype == kFloat64 ? 8 : element_bytes(static_cast<ElementType>(call.dtype));
+  const int64_t bytes = bytes_per_output(call);
   const Tensor weight = call.bytes() ? to_float32(call.weight) : call.weight;
   std::optional<Tensor> bias = call.bias;
   if (call.bytes() && bias.has_value()) bias = to_float32(*bias);
@@ -76,10 +88,12 @@ void convolve_in_slices(const Call& call, Tensor& output, const ChannelActivity&
   args.pixels = call.output_sizes[2] * call.output_sizes[3];
   args.channels_last = call.channels_last;
   args.activity = activity;
-  const int64_t slice_bytes = std::max(kSliceBytes, kSliceWeights * weight.numel() * bytes);
-  const int64_t step = std::max<int64_t>(1, slice_bytes / (image_elements * bytes));
+  const bool whole = images * image_elements * bytes <= kWholeBytes && !call.bytes();
+  const int64_t step =
+      whole ? images : std::max<int64_t>(1, kSliceBytes / (image_elements * bytes));
+  std::optional<Tensor> output;
+  if (!whole || images == 0) output = empty_output(call);
   Tensor input = call.input;
-  char* const out = static_cast<char*>(output.mutable_data_ptr());
   for (int64_t first = 0; first < images; first += step) {
     args.images = std::min(step, images - first);
     Tensor slice = torch::stable::narrow(input, 0, first, args.images);
@@ -90,10 +104,12 @@ void convolve_in_slices(const Call& call, Tensor& output, const ChannelActivity&
                                                  ? torch::headeronly::MemoryFormat::ChannelsLast
                                                  : torch::headeronly::MemoryFormat::Contiguous);
     }
+    if (whole) output = sums;
     args.input = sums.const_data_ptr();
-    args.output = out + first * image_elements * bytes;
+    args.output = static_cast<char*>(output->mutable_data_ptr()) + first * image_elements * bytes;
     check(relu_count_cpu(args, torch_parallel_for) == 0, kName, "torch's threads to run the loop");
   }
+  return *output;
 }
 
 // --- the operator ---
@@ -107,11 +123,6 @@ std::tuple<Tensor, Tensor, Tensor> conv_bias_relu(
   Call call{input, weight,   bias,  stride,        padding, dilation, groups, mean,
             std,   rounding, dtype, channels_last, {},      {},       {}};
   call.check_all();
-  const bool is_float64 = dtype == kFloat64;
-  const int32_t type =
-      is_float64 ? aoti_torch_dtype_float64() : shim_dtype(static_cast<ElementType>(dtype));
-  Tensor output = empty_cpu_output(4, call.output_sizes, call.output_strides, type,
-                                   is_float64 ? 8 : element_bytes(static_cast<ElementType>(dtype)));
   const int64_t outputs = call.output_sizes[1];
   const int64_t counts_sizes[2] = {3, outputs}, counts_strides[2] = {outputs, 1}, one = 1;
   Tensor counts = empty_cpu_output(2, counts_sizes, counts_strides, aoti_torch_dtype_int64(), 8);
@@ -121,11 +132,9 @@ std::tuple<Tensor, Tensor, Tensor> conv_bias_relu(
   std::fill(numbers, numbers + 3 * outputs, 0);
   std::fill(sum, sum + outputs, 0.0);
   const ChannelActivity activity{numbers, numbers + outputs, numbers + 2 * outputs, sum};
-  if (groups == 1 && call.view.sizes[1] <= kMaxDirectChannels && !is_float64) {
-    convolve_directly(call, output, activity);
-  } else {
-    convolve_in_slices(call, output, activity);
-  }
+  const bool direct = groups == 1 && call.view.sizes[1] <= kMaxDirectChannels && dtype != kFloat64;
+  const Tensor output =
+      direct ? convolve_directly(call, activity) : convolve_with_torch(call, activity);
   return {output, counts, sums};
 }
 

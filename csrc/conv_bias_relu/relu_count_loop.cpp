@@ -16,11 +16,11 @@ struct Result {
   double sum = 0.0;
 };
 
-template <class In>
-int64_t count_nan(const In* in, int64_t count, int64_t step) {
+template <class Out>
+int64_t count_nan(const Out* out, int64_t count, int64_t step) {
   int64_t nan = 0;
   for (int64_t i = 0; i < count; ++i) {
-    const float value = to_float(in[i * step]);
+    const float value = to_float(out[i * step]);
     nan += value != value ? 1 : 0;
   }
   return nan;
@@ -54,45 +54,74 @@ Result relu_plane(const In* in, Out* out, int64_t count) {
       result.active += active[k];
       total += static_cast<double>(sum[k]);
     }
-    if (total != total) result.nan += count_nan(in + begin, length, 1);
+    if (total != total) result.nan += count_nan(out + begin, length, 1);
     result.sum += total;
     begin += length;
   }
   return result;
 }
 
-// `pixels` with their channels side by side: a vector of channels at a time.
-template <class In, class Out>
-void relu_pixels(const In* in, Out* out, int64_t pixels, int64_t channels, int64_t* active_totals,
-                 int64_t* nan_totals, double* sum_totals) {
-  for (int64_t c = 0; c < channels; c += kLanes) {
-    const int64_t wanted = channels - c < kLanes ? channels - c : kLanes;
-    for (int64_t begin = 0; begin < pixels; begin += kFloatSums) {
-      const int64_t end = begin + kFloatSums < pixels ? begin + kFloatSums : pixels;
-      Integers active{};
-      Vector sum{};
-      for (int64_t p = begin; p < end; ++p) {
-        const In* from = in + p * channels + c;
-        Out* to = out + p * channels + c;
-        if (wanted == kLanes) {
-          const Vector y = round_as<Out>(relu(load_floats(from)));
-          active = count_positive(active, y);
-          sum += y;
+// Sums and counts of a run of pixels, at its first channel.
+struct Totals {
+  int64_t* active;
+  int64_t* nan;
+  double* sum;
+};
+
+// `vectors` of the channels of `pixels`, or the first `wanted` channels of one vector; pixels are
+// `step` apart. Lines that lie side by side are read together: the memory is the limit.
+template <int vectors, bool whole, class In, class Out>
+void relu_vectors(const In* in, Out* out, int64_t pixels, int64_t step, int64_t wanted,
+                  const Totals& totals) {
+  for (int64_t begin = 0; begin < pixels; begin += kFloatSums) {
+    const int64_t end = begin + kFloatSums < pixels ? begin + kFloatSums : pixels;
+    Integers active[vectors] = {};
+    Vector sum[vectors] = {};
+    for (int64_t p = begin; p < end; ++p) {
+      for (int v = 0; v < vectors; ++v) {
+        const In* from = in + p * step + v * kLanes;
+        Out* to = out + p * step + v * kLanes;
+        const Vector x = whole ? load_floats(from) : load_floats(from, wanted);
+        const Vector y = round_as<Out>(relu(x));
+        active[v] = count_positive(active[v], y);
+        sum[v] += y;
+        if constexpr (whole) {
           store_exact(to, y);
         } else {
-          const Vector y = round_as<Out>(relu(load_floats(from, wanted)));
-          active = count_positive(active, y);
-          sum += y;
           store_exact(to, y, wanted);
         }
       }
-      for (int64_t k = 0; k < wanted; ++k) {
-        active_totals[c + k] += active[k];
-        sum_totals[c + k] += static_cast<double>(sum[k]);
-        if (sum[k] != sum[k]) {
-          nan_totals[c + k] += count_nan(in + begin * channels + c + k, end - begin, channels);
+    }
+    for (int v = 0; v < vectors; ++v) {
+      for (int k = 0; k < kLanes && (whole || k < wanted); ++k) {
+        const int64_t c = v * kLanes + k;
+        const float value = sum[v][k];
+        totals.active[c] += active[v][k];
+        totals.sum[c] += static_cast<double>(value);
+        if (value != value) {  // the outputs, as the input may lie where they are now
+          totals.nan[c] += count_nan(out + begin * step + c, end - begin, step);
         }
       }
+    }
+  }
+}
+
+// `pixels` with their channels side by side.
+template <class In, class Out>
+void relu_pixels(const In* in, Out* out, int64_t pixels, int64_t channels, const Totals& totals) {
+  constexpr int kMost = 4;
+  for (int64_t c = 0; c < channels;) {
+    const Totals here{totals.active + c, totals.nan + c, totals.sum + c};
+    const int64_t left = channels - c;
+    if (left >= kMost * kLanes) {
+      relu_vectors<kMost, true>(in + c, out + c, pixels, channels, 0, here);
+      c += kMost * kLanes;
+    } else if (left >= kLanes) {
+      relu_vectors<1, true>(in + c, out + c, pixels, channels, 0, here);
+      c += kLanes;
+    } else {
+      relu_vectors<1, false>(in + c, out + c, pixels, channels, left, here);
+      c = channels;
     }
   }
 }
@@ -142,8 +171,8 @@ void run_items(const ReluCountJob& job, int64_t first, int64_t last) {
       job.item_sum[at + c] = result.sum;
     }
     if constexpr (!__is_same(In, double)) {
-      relu_pixels(in + begin, out + begin, pixels, channels, job.item_active + at,
-                  job.item_nan + at, job.item_sum + at);
+      relu_pixels(in + begin, out + begin, pixels, channels,
+                  {job.item_active + at, job.item_nan + at, job.item_sum + at});
     }
   }
 }
