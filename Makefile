@@ -66,7 +66,8 @@ cuda: $(STAMPS)/build  ## Compile the CUDA library for all architectures (needs 
 	  $(if $(CUDA_ARCHITECTURES),-D'CMAKE_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES)',-UCMAKE_CUDA_ARCHITECTURES) \
 	  -DPython_EXECUTABLE="$(abspath $(BIN)/python)" \
 	  -DCMAKE_MAKE_PROGRAM="$(abspath $(BIN)/ninja)"
-	$(BIN)/cmake --build build/cuda --target pixfuse_cuda
+	@# Its own two at a time, not a share of what this make runs.
+	env -u MAKEFLAGS $(BIN)/cmake --build build/cuda --target pixfuse_cuda
 
 .PHONY: clean
 clean:  ## Remove everything that was built, .venv too

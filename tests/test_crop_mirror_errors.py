@@ -249,12 +249,12 @@ BAD_CALLS: dict[str, tuple[Callable[[], dict[str, Any]], Errors, str]] = {
     "tensor of rank 4 in the list": (
         lambda: with_image(BATCH),
         ValueError,
-        r"expected images\[1\] to be a tensor of shape \(C, H, W\), got \(3, 3, 8, 9\); a batch",
+        r"expected images\[1\] to be a tensor of shape \(C, H, W\), got shape \(3, 3, 8, 9\); a",
     ),
     "tensor of rank 2 in the list": (
         lambda: with_image(BATCH[0, 0]),
         ValueError,
-        r"expected images\[1\] to be a tensor of shape \(C, H, W\), got \(8, 9\)",
+        r"expected images\[1\] to be a tensor of shape \(C, H, W\), got shape \(8, 9\)",
     ),
     "float array": (
         lambda: with_image(IMAGES[1] / 255),

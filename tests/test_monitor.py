@@ -866,7 +866,7 @@ def test_the_hooks_are_gone_at_the_end() -> None:
 # --- several processes ---
 
 RANKS = """
-import sys, torch, pixfuse
+import gc, sys, torch, pixfuse
 import torch.distributed as dist
 from tests.test_monitor import Reusing, assert_same_reports
 
@@ -907,6 +907,12 @@ def rank(number, count, file):
         print("refused")
     if number == 0:
         print("equal")
+    # Before the process group: a reducer that holds it last would wait with the GIL held for a
+    # thread of gloo that wants the GIL.
+    mine.close()
+    other.close()
+    del model, mine, other
+    gc.collect()
     dist.destroy_process_group()
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def conv_bias_relu(
             (C, H, W), or uint8 images, tensor or numpy array, with a ``normalization``; with
             ``input_layout="NHWC"`` channels last. Any strides. Up to 4 channels in one group run
             as one kernel; more of them, and float64, as torch's convolution followed by one pass,
-            on the CPU slice by slice of the batch.
+            on the CPU in slices of the batch where the output is larger than the caches.
         weight: (O, C / groups, kH, kW), of the dtype of a float ``input``; with uint8 input of any
             float dtype but float64.
         bias: (O,), of the dtype of ``weight``, or None.
