@@ -407,7 +407,7 @@ def convolution_limits(results: dict[str, Any], rows: Sequence[dict[str, Any]]) 
         ]
         if eager:
             parts.append(f"{name.removesuffix(' stem')} {min(eager) / least_ms:.1f}")
-    return f"At that peak the speedups over eager torch would be: {', '.join(parts)}."
+    return f"A direct sum at that peak would be faster than eager torch by: {', '.join(parts)}."
 
 
 def draw_convolution(results: dict[str, Any], path: Path, source: str) -> None:
