@@ -5,9 +5,6 @@
 // be touched. Arguments:
 //   threads             the parts of each call run at the same time
 //   planted=NAME        a fault that must be noticed: see `Planted`
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -19,6 +16,7 @@
 
 #include "common/isa.h"
 #include "conv_bias_relu/conv_bias_relu.h"
+#include "guarded_memory.h"
 #include "normalize/normalize_constants.h"
 
 using namespace pixfuse;
@@ -41,38 +39,9 @@ bool use_threads = false;
 
 // --- memory that ends where nothing may be touched ---
 
-class Memory {
- public:
-  explicit Memory(int64_t bytes) {
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-    data_ = base_ = static_cast<uint8_t*>(std::malloc(bytes));
-#else
-    const int64_t page = sysconf(_SC_PAGESIZE);
-    const int64_t inside = (bytes + page - 1) / page * page;
-    mapped_bytes_ = inside + page;
-    void* const mapped =
-        mmap(nullptr, mapped_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (mapped == MAP_FAILED) std::abort();
-    base_ = static_cast<uint8_t*>(mapped);
-    mprotect(base_ + inside, page, PROT_NONE);
-    data_ = base_ + inside - bytes;
-#endif
-  }
-  ~Memory() {
-    if (mapped_bytes_ == 0) {
-      std::free(base_);
-    } else {
-      munmap(base_, mapped_bytes_);
-    }
-  }
-  Memory(const Memory&) = delete;
-  Memory& operator=(const Memory&) = delete;
-  uint8_t* data() const { return data_; }
-  float* floats() const { return reinterpret_cast<float*>(data_); }
-
- private:
-  uint8_t *base_ = nullptr, *data_ = nullptr;
-  int64_t mapped_bytes_ = 0;
+struct Memory : GuardedMemory {
+  explicit Memory(int64_t bytes) : GuardedMemory(bytes, /*at_end=*/true) {}
+  float* floats() const { return reinterpret_cast<float*>(data()); }
 };
 
 // --- one call ---

@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import subprocess
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -19,6 +20,10 @@ from tests.build_cache import BuildCache, digest, jobs
 NATIVE = Path(__file__).parent
 ROOT = NATIVE.parent.parent
 CSRC = ROOT / "csrc"
+
+# The test programs themselves are not on trial: compiled once for all builds of a machine, without
+# a sanitizer: with one, their plain formulas take most of the time.
+TEST_FLAGS = ("-O2", "-ffp-contract=off")
 
 # Checks by calls instead of in line in long functions: these compile three times as fast.
 ADDRESS_CHECKS = ("-fsanitize=address", "--param", "asan-instrumentation-with-call-threshold=100")
@@ -46,9 +51,9 @@ class Build:
 
 
 BUILDS = {
-    # Every step checked.
+    # Every step checked. What -O1 does beyond -Og doubles the time to compile so many checks.
     "sanitized": Build(
-        ("-O1", "-g1", "-fsanitize=undefined", "-fno-sanitize-recover=all", *ADDRESS_CHECKS)
+        ("-Og", "-g1", "-fsanitize=undefined", "-fno-sanitize-recover=all", *ADDRESS_CHECKS)
     ),
     # The loops as they are vectorized in the product: gcc adds these checks after that.
     "address": Build(("-O3", "-g1", *ADDRESS_CHECKS)),
@@ -114,31 +119,37 @@ def build(program: Program, name: str) -> Built:
         if shutil.which(tool) is None:
             pytest.skip(f"{tool} not found")
     files = BuildCache(ROOT / "build" / "native")
-    compiler = [build.compiler, "-std=c++20", *build.flags]
+    compiler = [build.compiler, "-std=c++20"]
     includes = ["-Wall", "-Wextra", f"-I{CSRC}", f"-I{NATIVE}"]
 
-    def compiled(source: Path, stem: str, flags: list[str]) -> Path:
+    def compiled(source: Path, stem: str, flags: Sequence[str]) -> Path:
         command = [*compiler, *includes, *flags, "-c", str(source)]
         key = digest(_state(build.compiler), source.read_text(), *command)
-        return files.make(f"{stem}-{name}-{key}.o", command)
+        return files.make(f"{stem}-{key}.o", command)
 
     with ThreadPoolExecutor(jobs()) as pool:
         sources = {
-            source.name: pool.submit(compiled, source, source.stem, ["-ffp-contract=off"])
-            for source in (NATIVE / program.name, *(CSRC / source for source in program.sources))
+            path.name: pool.submit(
+                compiled, path, f"{path.stem}-{name}", [*build.flags, "-ffp-contract=off"]
+            )
+            for path in (CSRC / source for source in program.sources)
         }
         loops = {
             (loop, isa): pool.submit(
                 compiled,
                 CSRC / loop,
-                f"{Path(loop).stem}_{isa}",
-                [*flags, f"-DPIXFUSE_ISA={isa}"],
+                f"{Path(loop).stem}_{isa}-{name}",
+                [*build.flags, *flags, f"-DPIXFUSE_ISA={isa}"],
             )
             for isa, flags in loop_flags(build.machine).items()
             for loop in program.loops
         }
-    objects = [future.result() for future in (*sources.values(), *loops.values())]
-    command = [*compiler, "-pthread", *map(str, objects)]
+        # After them, when another process may have made it already.
+        test = pool.submit(compiled, NATIVE / program.name, Path(program.name).stem, TEST_FLAGS)
+    # The test comes last: of an inline function that it shares with a source the linker keeps the
+    # first copy, and that is to be the one with the checks.
+    objects = [future.result() for future in (*sources.values(), *loops.values(), test)]
+    command = [*compiler, *build.flags, "-pthread", *map(str, objects)]
     return Built(
         files.make(f"{Path(program.name).stem}-{name}-{digest(*command)}", command),
         {source: future.result() for source, future in sources.items()},
