@@ -119,6 +119,41 @@ inline void ConvBiasReluCall::check_all() {
   std::copy(strides.begin(), strides.end(), output_strides);
 }
 
+// --- our own kernels ---
+
+// What a kernel is told of a call; the values of the weight, the bias, the output and the activity
+// are added by whoever has them. `weight` lies as they will; `normalization` keeps the constants.
+inline ConvBiasReluArgs kernel_args(const ConvBiasReluCall& call, const Tensor& weight,
+                                    std::optional<NormalizeCall>& normalization) {
+  ConvBiasReluArgs args{};
+  args.input = call.input.const_data_ptr();
+  args.output_type = static_cast<ElementType>(call.dtype);
+  if (call.bytes()) {
+    args.input_type = ElementType::uint8;
+    normalization.emplace(call.input, call.mean, call.std, call.rounding,
+                          static_cast<int64_t>(InputLayout::nchw));
+    args.arithmetic = normalization->args.arithmetic;
+    args.scale = normalization->args.scale;
+    args.channels = normalization->args.channels;
+  } else {
+    args.input_type = float_type_of(kConvBiasRelu, call.input.scalar_type(), "input");
+  }
+  for (int d = 0; d < 4; ++d) {
+    args.input_sizes[d] = call.view.sizes[d];
+    args.input_strides[d] = call.view.strides[d];
+    args.weight_strides[d] = weight.strides()[d];
+    args.output_sizes[d] = call.output_sizes[d];
+    args.output_strides[d] = call.output_strides[d];
+  }
+  for (int d = 0; d < 2; ++d) {
+    args.kernel[d] = weight.size(2 + d);
+    args.stride[d] = call.stride[d];
+    args.dilation[d] = call.dilation[d];
+    args.padding[d] = call.padding[2 * d];
+  }
+  return args;
+}
+
 // --- torch's own convolution ---
 
 inline Tensor normalized(const ConvBiasReluCall& call, const Tensor& images, int64_t dtype) {
