@@ -105,15 +105,21 @@ inline void ConvBiasReluCall::check_all() {
   for (int d = 0; d < 2; ++d) {
     check(stride[d] >= 1 && dilation[d] >= 1, kConvBiasRelu, "stride and dilation of at least 1");
     check(padding[2 * d] >= 0 && padding[2 * d + 1] >= 0, kConvBiasRelu, "padding of at least 0");
-    const int64_t reach = dilation[d] * (weights[2 + d] - 1) + 1;
-    const int64_t padded = view.sizes[2 + d] + padding[2 * d] + padding[2 * d + 1];
+    int64_t reach = 0, padded = 0;
+    const bool fits = !__builtin_mul_overflow(dilation[d], weights[2 + d] - 1, &reach) &&
+                      !__builtin_add_overflow(reach, int64_t{1}, &reach) &&
+                      !__builtin_add_overflow(padding[2 * d], padding[2 * d + 1], &padded) &&
+                      !__builtin_add_overflow(padded, view.sizes[2 + d], &padded);
+    check(fits, kConvBiasRelu, "a kernel and a padded input of less than 2^63, got padding ",
+          padding[2 * d], " and ", padding[2 * d + 1], ", dilation ", dilation[d]);
     check(padded >= reach, kConvBiasRelu, "a kernel that fits into the padded input (", padded,
           "), got one that reaches ", reach);
     output_sizes[2 + d] = (padded - reach) / stride[d] + 1;
   }
   for (const int64_t size : output_sizes) {
     check(!__builtin_mul_overflow(elements, size, &elements), kConvBiasRelu,
-          "a result that fits memory");
+          "a result that fits memory, got one of ", output_sizes[0], " x ", output_sizes[1], " x ",
+          output_sizes[2], " x ", output_sizes[3]);
   }
   const auto strides = dense_strides(output_sizes, channels_last);
   std::copy(strides.begin(), strides.end(), output_strides);
