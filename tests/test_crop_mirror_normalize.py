@@ -400,6 +400,32 @@ def test_one_place_for_every_image(device: torch.device) -> None:
     check(images, (4, 5), top=form(3), left=[0, 2, 15], device=device)
 
 
+# --- large outputs, which are stored past the caches where their rows are whole lines of these ---
+
+
+@pytest.mark.parametrize("width", [1040, 1033])
+@pytest.mark.parametrize("larger", [0, 3])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_outputs_beyond_the_caches(larger: int, width: int, threads: int) -> None:
+    torch.set_num_threads(threads)
+    height, channels = 720, 3
+    makers = [
+        SAMPLES["array"],
+        SAMPLES["tensor"],
+        SAMPLES["array, one byte more per pixel"],
+        lambda c, h, w: pillow("RGB", h, w),
+        SAMPLES["array, rows backwards"],
+    ]
+    images = [make(channels, height + larger, width + larger) for make in makers * 2]
+    result = check(
+        images,
+        (height, width),
+        made_up(channels, "torchvision"),
+        mirror=[i >= len(makers) and larger > 0 for i in range(len(images))],
+    )
+    assert result.nbytes > 24 << 20
+
+
 # --- images ---
 
 

@@ -12,8 +12,12 @@ from tests.native.toolchain import (
 
 CONV_BIAS_RELU = Program(
     "test_conv_bias_relu_loop.cpp",
-    ("common/isa.cpp", "conv_bias_relu/conv_bias_relu_cpu.cpp"),
-    ("conv_bias_relu/conv_bias_relu_loop.cpp", "conv_bias_relu/relu_count_loop.cpp"),
+    ("common/isa.cpp", "conv_bias_relu/conv_bias_relu_cpu.cpp", "conv_bias_relu/winograd.cpp"),
+    (
+        "conv_bias_relu/conv_bias_relu_loop.cpp",
+        "conv_bias_relu/relu_count_loop.cpp",
+        "conv_bias_relu/winograd_loop.cpp",
+    ),
     cases=250,
 )
 

@@ -3,10 +3,11 @@
 #include <atomic>
 #include <memory>
 #include <new>
+#include <optional>
 #include <vector>
 
 #include "common/isa.h"
-#include "conv_bias_relu/conv_bias_relu_loop.h"
+#include "conv_bias_relu/winograd_plan.h"
 
 namespace pixfuse {
 namespace {
@@ -24,6 +25,7 @@ struct Loops {
   int64_t lanes;
   int64_t (*max_vectors)(bool planes_of_floats);
   void (*convolve)(const ConvBiasReluJob&, int64_t first, int64_t last, const Scratch&);
+  void (*winograd)(const ConvBiasReluJob&, int64_t first, int64_t last, const Scratch&);
   void (*relu_count)(const ReluCountJob&, int64_t first, int64_t last);
 };
 
@@ -32,18 +34,18 @@ Loops loops_for(Isa isa) {
 #if defined(__x86_64__)
     case Isa::avx2:
       return {avx2::vector_lanes(), avx2::max_vectors, avx2::conv_bias_relu_loop,
-              avx2::relu_count_loop};
+              avx2::winograd_loop, avx2::relu_count_loop};
     case Isa::avx512:
       return {avx512::vector_lanes(), avx512::max_vectors, avx512::conv_bias_relu_loop,
-              avx512::relu_count_loop};
+              avx512::winograd_loop, avx512::relu_count_loop};
 #elif defined(__aarch64__)
     case Isa::neon:
       return {neon::vector_lanes(), neon::max_vectors, neon::conv_bias_relu_loop,
-              neon::relu_count_loop};
+              neon::winograd_loop, neon::relu_count_loop};
 #endif
     default:
       return {portable::vector_lanes(), portable::max_vectors, portable::conv_bias_relu_loop,
-              portable::relu_count_loop};
+              portable::winograd_loop, portable::relu_count_loop};
   }
 }
 
@@ -140,8 +142,10 @@ int32_t conv_bias_relu_cpu(const ConvBiasReluArgs& args, ParallelFor parallel_fo
 
   ConvBiasReluJob job{};
   job.args = args;
+  std::optional<Winograd> winograd;
+  if (winograd_suits(args)) winograd.emplace(args);
   const int64_t vectors = (outputs + loops.lanes - 1) / loops.lanes;
-  const bool planes = args.output_strides[1] != 1;
+  const bool planes = args.output_strides[1] != 1 && !winograd.has_value();
   const int64_t most = loops.max_vectors(planes && args.output_type == ElementType::float32);
   job.blocks = {loops.lanes, vectors, (vectors + most - 1) / most};
   job.taps_per_row = args.kernel[1] * channels;
@@ -149,8 +153,15 @@ int32_t conv_bias_relu_cpu(const ConvBiasReluArgs& args, ParallelFor parallel_fo
       channels > 1 && args.input_strides[1] == 1 && args.input_strides[3] == channels;
   job.line_pixels = (width - 1) * args.stride[1] + (args.kernel[1] - 1) * args.dilation[1] + 1;
   job.line_floats = round_up(job.line_pixels * channels, 16);
+  int64_t weights_per_output = args.kernel[0] * job.taps_per_row;
+  if (winograd.has_value()) {
+    job.winograd = &winograd->plan;
+    job.line_pixels = winograd->line_pixels;
+    job.line_floats = job.winograd->points * job.winograd->point_floats;
+    weights_per_output = job.winograd->weights_per_output;
+  }
   const int64_t padded = vectors * loops.lanes;
-  const int64_t weight_floats = args.kernel[0] * job.taps_per_row * padded;
+  const int64_t weight_floats = weights_per_output * padded;
   job.rows_at_once = weight_floats <= kCachedWeightFloats ? 1 : kItemRows;
   if (job.rows_at_once > height) job.rows_at_once = height;
   job.lines = (job.rows_at_once - 1) * args.stride[0] + (args.kernel[0] - 1) * args.dilation[0] + 1;
@@ -167,7 +178,11 @@ int32_t conv_bias_relu_cpu(const ConvBiasReluArgs& args, ParallelFor parallel_fo
   job.tap_offsets = offsets.data();
   const AlignedArray<float> weight(weight_floats), bias(padded);
   if (weight.get() == nullptr || bias.get() == nullptr) throw std::bad_alloc();
-  pack_weight(job, weight.get());
+  if (winograd.has_value()) {
+    winograd->pack_weight(args, job.blocks, weight.get());
+  } else {
+    pack_weight(job, weight.get());
+  }
   for (int64_t o = 0; o < padded; ++o) {
     bias.get()[o] = args.bias != nullptr && o < outputs ? args.bias[o] : 0.0f;
   }
@@ -195,7 +210,8 @@ int32_t conv_bias_relu_cpu(const ConvBiasReluArgs& args, ParallelFor parallel_fo
       shared.no_memory = true;
       return;
     }
-    shared.loops.convolve(job, first, last, {floats.get(), held_rows.get(), wanted.get()});
+    const auto convolve = job.winograd != nullptr ? shared.loops.winograd : shared.loops.convolve;
+    convolve(job, first, last, {floats.get(), held_rows.get(), wanted.get()});
   };
   const int64_t item_rows = height < kItemRows ? height : kItemRows;
   const int64_t item_work = weight_floats * width * item_rows;

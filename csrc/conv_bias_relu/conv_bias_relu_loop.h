@@ -1,7 +1,7 @@
 // The loops of one instruction set, as conv_bias_relu_cpu.cpp sees them. The two loop files are
 // compiled once for each namespace below.
 #pragma once
-#include "conv_bias_relu/conv_bias_relu.h"
+#include "conv_bias_relu/winograd.h"
 
 namespace pixfuse {
 
@@ -32,14 +32,15 @@ struct ChannelBlocks {
 struct ConvBiasReluJob {
   ConvBiasReluArgs args;
   ChannelBlocks blocks;
-  int64_t taps_per_row;        // kernel width times channels
-  const int64_t* tap_offsets;  // [taps_per_row] floats from a pixel to its taps in a line
-  const float* weight;         // [block][kernel row][tap][channel of the block], aligned
-  const float* bias;           // [vectors * lanes], aligned
-  bool interleaved_lines;      // lines hold pixels side by side; else one run for each channel
-  int64_t line_pixels;         // as many as the kernel reaches, padding included
-  int64_t line_floats;         // of a line, aligned
-  int64_t lines;               // held at a time: what `rows_at_once` output rows reach
+  int64_t taps_per_row;          // kernel width times channels
+  const int64_t* tap_offsets;    // [taps_per_row] floats from a pixel to its taps in a line
+  const float* weight;           // [block][kernel row][tap][channel of the block], aligned
+  const WinogradPlan* winograd;  // or null; with it, weights are packed as it says
+  const float* bias;             // [vectors * lanes], aligned
+  bool interleaved_lines;        // lines hold pixels side by side; else one run for each channel
+  int64_t line_pixels;           // as many as the kernel reaches, padding included
+  int64_t line_floats;           // of a line, aligned
+  int64_t lines;                 // held at a time: what `rows_at_once` output rows reach
   int64_t rows_at_once;
   int64_t items_per_image;
   float mean[kCyclePixels * kMaxDirectChannels];  // over neighbouring values of a line
@@ -58,7 +59,8 @@ struct ConvBiasReluJob {
 constexpr int64_t kStagePixels = 48;
 constexpr int64_t kStageFloats = kStagePixels * 64;
 static inline int64_t scratch_floats(const ConvBiasReluJob& job) {
-  return (job.lines + 1) * job.line_floats + kStageFloats;
+  return (job.lines + 1) * job.line_floats + kStageFloats +
+         (job.winograd != nullptr ? job.winograd->scratch_floats : 0);
 }
 
 // Memory of one thread.
@@ -87,6 +89,7 @@ int64_t vector_lanes();
 int64_t max_vectors(bool planes_of_floats);
 void conv_bias_relu_loop(const ConvBiasReluJob& job, int64_t first, int64_t last,
                          const Scratch& scratch);
+void winograd_loop(const ConvBiasReluJob& job, int64_t first, int64_t last, const Scratch& scratch);
 void relu_count_loop(const ReluCountJob& job, int64_t first, int64_t last);
 }  // namespace portable
 namespace avx2 {
@@ -94,6 +97,7 @@ int64_t vector_lanes();
 int64_t max_vectors(bool planes_of_floats);
 void conv_bias_relu_loop(const ConvBiasReluJob& job, int64_t first, int64_t last,
                          const Scratch& scratch);
+void winograd_loop(const ConvBiasReluJob& job, int64_t first, int64_t last, const Scratch& scratch);
 void relu_count_loop(const ReluCountJob& job, int64_t first, int64_t last);
 }  // namespace avx2
 namespace avx512 {
@@ -101,6 +105,7 @@ int64_t vector_lanes();
 int64_t max_vectors(bool planes_of_floats);
 void conv_bias_relu_loop(const ConvBiasReluJob& job, int64_t first, int64_t last,
                          const Scratch& scratch);
+void winograd_loop(const ConvBiasReluJob& job, int64_t first, int64_t last, const Scratch& scratch);
 void relu_count_loop(const ReluCountJob& job, int64_t first, int64_t last);
 }  // namespace avx512
 namespace neon {
@@ -108,6 +113,7 @@ int64_t vector_lanes();
 int64_t max_vectors(bool planes_of_floats);
 void conv_bias_relu_loop(const ConvBiasReluJob& job, int64_t first, int64_t last,
                          const Scratch& scratch);
+void winograd_loop(const ConvBiasReluJob& job, int64_t first, int64_t last, const Scratch& scratch);
 void relu_count_loop(const ReluCountJob& job, int64_t first, int64_t last);
 }  // namespace neon
 

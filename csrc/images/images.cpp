@@ -16,6 +16,7 @@
 #include "crop_mirror_normalize/crop_mirror_normalize_args.h"
 #include "image_moments/image_moments.h"
 #include "images/image_reader.h"
+#include "images/normalize_small.h"
 
 namespace pixfuse {
 namespace {
@@ -176,6 +177,7 @@ PYBIND11_MODULE(_images, m) {
   m.doc() = "Python's images as memory: see pixfuse.crop_mirror_normalize and channel_histogram.";
   m.def("read", &pixfuse::read, py::arg("images"), py::arg("arrow"),
         py::arg("function") = pixfuse::kCropMirrorNormalize);
+  m.def("normalize_small", &pixfuse::normalize_small);
   py::class_<ImageList>(m, "ImageList")
       .def("__len__", &ImageList::size)
       .def_property_readonly("sizes", &ImageList::sizes)

@@ -1,0 +1,89 @@
+// Convolutions with fewer multiplications: Winograd's algorithm along the width.
+//
+// Two polynomials of m and r coefficients, evaluated at n = m + r - 1 points, need n products for
+// their own product, not m * r (Toom, Cook). Turned around, n products give m neighbouring outputs
+// of a filter of r taps (Winograd, Arithmetic complexity of computations, 1980; for neural networks
+// Lavin and Gray, arXiv:1509.09308):
+//
+//   y[j] = sum over k < r of w[k] * x[j + k]  =  sum over points i of A[j][i] * U[i] * V[i],
+//   U[i] = sum over k of G[i][k] * w[k],         V[i] = sum over l < n of B[i][l] * x[l],
+//
+// with, for a point a[i] of the n - 1 finite ones, and M(z) the product of all (z - a[l]),
+//
+//   A[j][i] = a[i]^j    G[i][k] = a[i]^k / M'(a[i])    B[i] = coefficients of M(z) / (z - a[i]),
+//
+// and for infinity A[m - 1] = G[r - 1] = 1 and zeros else, and B the coefficients of M(z).
+//
+// Here m is 4. A row of a kernel of stride s is s rows of stride 1, each on every s-th pixel, and
+// such a row is cut into pieces of 2 to 4 taps: the 7 taps of stride 2 are 4 and 3, with 7 and 6
+// products for 4 outputs instead of 28; the 11 taps of stride 4 are 3, 3, 3 and 2, with 23 instead
+// of 44. What is added up over kernel rows, input channels and pieces is the products at a point,
+// so the outputs are taken from the points (A) once for all of them, an input line is brought to
+// the points (B) once for all output channels and rows that it reaches, and the weights (G) once.
+//
+// The price is accuracy: A, U and V amplify rounding. That decides the points. These make the root
+// of sum A^2 |G|^2 |B|^2 small for 4 and for 3 taps together, in the worst of the 4 outputs, among
+// all pairs of eighths and zero; 0, 1, -1, 1/2, -1/2, 2 would be twice as far off. A and B are
+// exact in float32. And the price is paid back, as fewer terms are added up one after the other:
+// runs of kWinogradTerms, not all taps.
+#pragma once
+#include "conv_bias_relu/conv_bias_relu.h"
+
+namespace pixfuse {
+
+constexpr int kWinogradOutputs = 4;  // of a tile: m
+constexpr int kWinogradMostTaps = 4;
+constexpr int kWinogradMostPoints = kWinogradOutputs + kWinogradMostTaps - 1;
+
+// Where sums are kept: at each of these points and its negative, at 0 and at infinity.
+constexpr int kWinogradPairs = 3;
+constexpr double kWinogradPairPoints[kWinogradPairs] = {0.25, 0.875, 1.5};
+constexpr int kWinogradZero = 2 * kWinogradPairs, kWinogradInfinity = kWinogradZero + 1;
+constexpr int kWinogradSlots = kWinogradInfinity + 1;
+
+// The slots of a piece of 2, 3 or 4 taps, infinity last.
+constexpr int kWinogradPointSlots[3][kWinogradMostPoints] = {
+    {0, 1, 2, 3, kWinogradInfinity},
+    {2, 3, 4, 5, kWinogradZero, kWinogradInfinity},
+    {0, 1, 2, 3, 4, 5, kWinogradInfinity},
+};
+
+// Terms that are added up one after the other, about, before their sum goes to the other ones: more
+// would be less accurate.
+constexpr int64_t kWinogradTerms = 12;
+
+// Taps `first`, `first` + stride and so on of each kernel row.
+struct WinogradPiece {
+  int64_t first;
+  int64_t taps;
+  int64_t points;
+  float input[kWinogradMostPoints][kWinogradMostPoints];  // B
+};
+
+// Some rows of a piece at one of its points: terms that are added up one after the other.
+struct WinogradRun {
+  int64_t line_offset;  // floats, to the point in a line
+  int64_t first_row;
+  int64_t rows;
+};
+
+struct WinogradPlan {
+  int64_t tiles;  // of an output row
+  int64_t pieces;
+  const WinogradPiece* piece;
+  const WinogradRun* runs;
+  int64_t first_run[kWinogradSlots + 1];  // of each slot
+  int64_t residues;                       // stride times outputs: pixels from a tile to the next
+  int64_t residue_floats;                 // from the pixels of one residue to those of the next
+  int64_t points;                         // of all pieces: what a held line has
+  int64_t point_floats;                   // in a line, from a point to the next
+  int64_t weights_per_output;             // rows of all runs times input channels
+  int64_t line_floats;                    // of a row of input before that, as float32
+  int64_t scratch_floats;                 // sums, such a row, and the row spread over its residues
+};
+
+// Tiles whose sums are held at a time, for up to 64 output channels.
+constexpr int64_t kWinogradTiles = 12;
+constexpr int64_t kWinogradSumFloats = kWinogradSlots * kWinogradTiles * 64;
+
+}  // namespace pixfuse

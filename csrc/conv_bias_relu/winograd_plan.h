@@ -1,0 +1,30 @@
+// The rule that decides for the convolution by winograd.h, and what its loop is given.
+#pragma once
+#include <vector>
+
+#include "conv_bias_relu/conv_bias_relu_loop.h"
+
+namespace pixfuse {
+
+// Whether it is faster than the direct convolution, and as good as torch's: for bytes, as what
+// normalizes them bounds them (an infinite value would spoil its neighbours, a huge one their last
+// bits); for finite weights; where each phase of the stride has at least two taps and a sum at
+// least 20 terms. It does not depend on the number of images: a batch has the bits of its images.
+bool winograd_suits(const ConvBiasReluArgs& args);
+
+struct Winograd {
+  std::vector<WinogradPiece> pieces;
+  std::vector<WinogradRun> runs;
+  WinogradPlan plan{};  // points into the above
+  int64_t line_pixels;  // of a row of input, as far as the tiles reach
+
+  explicit Winograd(const ConvBiasReluArgs& args);
+  Winograd(const Winograd&) = delete;
+  Winograd& operator=(const Winograd&) = delete;
+
+  // [block][run][row][input channel][channel of the block]. A channel that no image can bring
+  // above 0 gets zeros: rounding does not wake it.
+  void pack_weight(const ConvBiasReluArgs& args, const ChannelBlocks& blocks, float* packed) const;
+};
+
+}  // namespace pixfuse
