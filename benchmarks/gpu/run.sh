@@ -68,7 +68,7 @@ architecture() {
 }
 
 build_with_pip() {
-  "$PYTHON" -m pip install --no-index --no-build-isolation --no-deps --no-cache-dir \
+  "$PYTHON" -m pip install -v --no-index --no-build-isolation --no-deps --no-cache-dir \
     --disable-pip-version-check --target "$SITE" . \
     --config-settings=build-dir=build/gpu-pip \
     --config-settings=cmake.define.PIXFUSE_CUDA=ON \
@@ -205,11 +205,11 @@ step() {
   return "$status"
 }
 
-# The limits add up to 560 s. What is most worth knowing comes first.
-step machine 20
-if step build 140; then
+# The limits add up to 565 s. What is most worth knowing comes first.
+step machine 40
+if step build 130; then
   step short 35
-  step gpu_tests 110
+  step gpu_tests 105
   step normalize 55
   step standardize 45
   step convolutions 50
