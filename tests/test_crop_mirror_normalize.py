@@ -387,6 +387,14 @@ def test_anchors(device: torch.device) -> None:
             check(images, size, anchor=list(anchor), out_of_bounds="pad", device=device)
 
 
+def test_one_anchor_for_images_of_one_size(device: torch.device) -> None:
+    images = [random_bytes(3, 11, 8) for _ in range(3)]
+    for size in (1, 6, (11, 8), (12, 5)):
+        for anchor in itertools.product((0.0, 0.1, 0.25, 0.5, 0.7, 1.0), repeat=2):
+            check(images, size, anchor=anchor, out_of_bounds="pad", mirror=True, device=device)
+            check(images, size, anchor=anchor, out_of_bounds="pad", flip=True, device=device)
+
+
 def test_two_anchors_are_for_two_images() -> None:
     images = [random_bytes(3, 9, 9), random_bytes(3, 9, 9)]
     check(images, 4, anchor=((0.0, 1.0), (1.0, 0.0)))
