@@ -930,6 +930,16 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         r"expected a kernel that is not greater than the padded input size per channel \(8 x 9\), "
         r"got kernel size \(9 x 9\)",
     ),
+    "huge padding": (
+        {"padding": (2**40, 2**30)},
+        ValueError,
+        r"expected a result that fits memory, got one of \d+ x 4 x 21990232555\d\d x 21474836\d\d$",
+    ),
+    "padding beyond 64 bits": (
+        {"padding": 2**63 - 1},
+        ValueError,
+        r"expected a result that fits memory, got one of \d+ x 4 x 18446744073709551\d\d\d x ",
+    ),
     "channels of the normalization": (
         {"input": IMAGES, "normalization": pixfuse.Normalization([0, 0], 1)},
         ValueError,
@@ -1009,6 +1019,18 @@ BAD_OPERANDS: dict[str, tuple[dict[str, Any], str]] = {
     "bias": ({"bias": BIAS[:3]}, r"bias of shape \(4\)"),
     "bias dtype": ({"bias": BIAS.half()}, "bias of the dtype of weight"),
     "kernel": ({"dilation": [9, 1]}, r"a kernel that fits into the padded input \(8\), got one"),
+    "memory": (
+        {"padding": [0, 2**50, 0, 2**20]},
+        r"a result that fits memory, got one of \d+ x 4 x 11258999068426\d\d x 10485\d\d",
+    ),
+    "padding beyond 64 bits": (
+        {"padding": [2**62, 2**62, 0, 0]},
+        r"a kernel and a padded input of less than 2\^63, got padding 4611686018427387904 and 46",
+    ),
+    "dilation beyond 64 bits": (
+        {"dilation": [2**62, 1]},
+        r"a kernel and a padded input of less than 2\^63, got padding 0 and 0, dilation 4611686",
+    ),
     "empty": ({"weight": WEIGHT[:0]}, "weight without a size of 0"),
     "dtypes": ({"weight": WEIGHT.half()}, "input, weight and output of the same dtype, or uint8"),
     "mean": ({"input": IMAGES, "mean": [0.0, 0.0], "std": [1.0, 1.0]}, "mean and std with 1 value"),

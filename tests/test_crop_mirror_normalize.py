@@ -22,7 +22,7 @@ from tests.bits import assert_same_bits
 from tests.conftest import require_cuda
 from tests.guards import assert_guards_untouched, guarded_output
 from tests.images import LAYOUTS, LONG_WIDTHS, WIDTHS, all_values, random_bytes, whole_storage
-from tests.normalizations import ROUNDINGS, made_up
+from tests.normalizations import ROUNDINGS, made_up, of_any_units
 from tests.samples import PILLOW_IMAGES, SAMPLES, contents, pillow, samples
 
 CPU = torch.device("cpu")
@@ -1185,7 +1185,7 @@ def test_anything(
     count = data.draw(st.sampled_from([1, channels]))
     mean = data.draw(st.lists(numbers, min_size=count, max_size=count))
     std = data.draw(st.lists(positive_numbers, min_size=count, max_size=count))
-    normalization = pixfuse.Normalization(mean, std, rounding)
+    normalization = of_any_units(mean, std, rounding)
     ours = check(images, size, normalization, device=device, channels=channels, **options)
     out, buffer = guarded_output(tuple(ours.shape), dtype, memory_format, device)
     pixfuse.crop_mirror_normalize(

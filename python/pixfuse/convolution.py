@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -15,6 +16,9 @@ from pixfuse.activity import UnitActivity
 from pixfuse.normalization import Normalization
 
 Pair: TypeAlias = int | Sequence[int]
+
+#: Of 8 bytes each, more than anything can address.
+_MOST_ELEMENTS = 2**60
 
 
 class _Geometry(NamedTuple):
@@ -230,6 +234,13 @@ def resolve_geometry(
         raise ValueError(
             "conv_bias_relu: expected a kernel that is not greater than the padded input size per "
             f"channel ({padded[0]} x {padded[1]}), got kernel size ({reach[0]} x {reach[1]})"
+        )
+    outputs = [(p - r) // s + 1 for p, r, s in zip(padded, reach, strides, strict=True)]
+    shape = (batch.shape[0], weight.shape[0], *outputs)
+    if math.prod(shape) >= _MOST_ELEMENTS or max(padded) >= _MOST_ELEMENTS:
+        raise ValueError(
+            "conv_bias_relu: expected a result that fits memory, got one of "
+            f"{' x '.join(map(str, shape))}"
         )
     return _Geometry(strides, sides, dilations)
 
