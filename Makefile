@@ -8,7 +8,7 @@ PYTHON ?= python3
 NVCC ?= nvcc
 CUDA_ARCHITECTURES ?=
 # Every test, on all cores. What says which tests to run replaces it: then one process runs them.
-PYTEST_ARGS ?= --numprocesses auto --maxprocesses 8 --dist loadgroup
+PYTEST_ARGS ?= --numprocesses auto --maxprocesses 8 --dist loadgroup --no-loadscope-reorder
 
 VENV := .venv
 BIN := $(VENV)/bin

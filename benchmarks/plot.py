@@ -1,9 +1,10 @@
-"""The charts and the README's tables, made from the results.
+"""The charts, the README's tables and docs/benchmarks.md, made from the results.
 
-    python -m benchmarks.plot           # draws the charts, rewrites the block in README.md
-    python -m benchmarks.plot --check   # fails when either differs from the results
+    python -m benchmarks.plot           # draws the charts, rewrites both texts
+    python -m benchmarks.plot --check   # fails when one differs from the results
 
-The block stands between ``<!-- benchmark:start -->`` and ``<!-- benchmark:end -->``.
+What is made stands between ``<!-- benchmark:start -->`` and ``<!-- benchmark:end -->``. The README
+shows who takes how long, docs/benchmarks.md every claim, met or not, and where it comes from.
 """
 
 from __future__ import annotations
@@ -40,7 +41,10 @@ class Report:
     """One file of results, and what is made of it."""
 
     file: str
-    section: Callable[[dict[str, Any], str], list[str]]  # lines for the README; given the chart
+    title: str
+    tables: Callable[[dict[str, Any]], list[str]]  # lines for the README
+    chart: str  # what it shows
+    details: Callable[[dict[str, Any]], list[str]]  # lines for docs/benchmarks.md
     draw: Callable[[dict[str, Any], Path, str], None]
 
 
@@ -58,6 +62,16 @@ def claim_lines(results: dict[str, Any]) -> list[str]:
         value = "" if item["value"] is None else f"{item['value']:.3g}"
         lines.append(f"| {item['claim']} | {value} | {item['target']} | {words[item['met']]} |")
     return lines
+
+
+def verdict(results: dict[str, Any], title: str) -> str:
+    """How many targets were met, which were not, and where all of them stand."""
+    claims = results["claims"]
+    missed = [item["claim"] for item in claims if item["met"] is False]
+    met = sum(1 for item in claims if item["met"])
+    anchor = title.lower().replace(",", "").replace(" ", "-")
+    text = f"{met} of [{len(claims)} targets](docs/benchmarks.md#{anchor}) are met"
+    return f"{text}; missed: {'; '.join(missed)}." if missed else f"{text}."
 
 
 def origin(results: dict[str, Any]) -> str:
@@ -126,24 +140,25 @@ def normalize_work(results: dict[str, Any]) -> str:
     )
 
 
-def normalize_section(results: dict[str, Any], chart: str) -> list[str]:
+def normalize_tables(results: dict[str, Any]) -> list[str]:
     headline = results["headline"]
     found = normalize_bars(results)
     ours = next(bar.us_per_image for bar in found if bar.name == OURS)
     copy = headline["us_per_call"][COPY][1] / headline["images"]
     return [
-        "### A batch that is a tensor already",
-        "",
         f"{normalize_work(results)} ({machine(results)}):",
         "",
         *bar_lines(found, ours, copy),
-        "",
-        f"![Time per image of pixfuse and its peers]({chart})",
-        "",
+    ]
+
+
+def normalize_details(results: dict[str, Any]) -> list[str]:
+    return [
         *claim_lines(results),
         "",
-        f"Medians of {headline['samples']} interleaved rounds, each result checked before it was "
-        f"timed. {origin(results)} What each peer runs stands in `benchmarks/peers.py`.",
+        f"Medians of {results['headline']['samples']} interleaved rounds, each result checked "
+        f"before it was timed. {origin(results)} What each peer runs stands in "
+        "`benchmarks/peers.py`.",
     ]
 
 
@@ -178,8 +193,8 @@ def collate_bars(result: dict[str, Any]) -> list[Bar]:
     return sorted(found, key=lambda bar: bar.us_per_image)
 
 
-def collate_section(results: dict[str, Any], chart: str) -> list[str]:
-    lines = ["### A list of images", ""]
+def collate_tables(results: dict[str, Any]) -> list[str]:
+    lines = []
     for work, title in COLLATE_WORKS.items():
         result = results[work]
         us = {name: quartiles[1] for name, quartiles in result["us_per_call"].items()}
@@ -190,10 +205,11 @@ def collate_section(results: dict[str, Any], chart: str) -> list[str]:
             *bar_lines(collate_bars(result), ours, copy),
             "",
         ]
+    return lines[:-1]
+
+
+def collate_details(results: dict[str, Any]) -> list[str]:
     return [
-        *lines,
-        f"![Time per image of pixfuse and its peers, from lists of images]({chart})",
-        "",
         *claim_lines(results),
         "",
         f"Medians of {results['plain']['samples']} interleaved rounds, each result checked before "
@@ -216,10 +232,8 @@ def draw_collate(results: dict[str, Any], path: Path, source: str) -> None:
 # ---- a DataLoader --------------------------------------------------------------------------------
 
 
-def loader_section(results: dict[str, Any], chart: str) -> list[str]:
+def loader_tables(results: dict[str, Any]) -> list[str]:
     lines = [
-        "### A DataLoader",
-        "",
         f"{results['images']} images in batches of {results['batch']} ({machine(results)}):",
         "",
         "| | workers | images/s | decode | normalize | move, wait, read |",
@@ -233,11 +247,11 @@ def loader_section(results: dict[str, Any], chart: str) -> list[str]:
                 parts = " | ".join(microseconds(us) for us in row["parts_us"].values())
                 rate = f"{row['images_per_second']:,.0f}"
                 lines.append(f"| {name} | {row['workers']} | {rate} | {parts} |")
+    return lines
+
+
+def loader_details(results: dict[str, Any]) -> list[str]:
     return [
-        *lines,
-        "",
-        f"![Where the time of a DataLoader goes]({chart})",
-        "",
         *claim_lines(results),
         "",
         f"Medians of {results['epochs']} epochs, in turns, each pipeline's batches checked first. "
@@ -331,17 +345,11 @@ def convolution_work(results: dict[str, Any]) -> str:
     return f"batches of 16, one thread; {machine(results)}"
 
 
-def convolution_section(results: dict[str, Any], chart: str) -> list[str]:
+def convolution_table(rows: Sequence[dict[str, Any]]) -> list[str]:
     lines = [
-        "### Convolution, bias and ReLU",
-        "",
-        "Stems from uint8 images of 224x224x3, layers of many channels from floats; milliseconds, "
-        f"{convolution_work(results)}:",
-        "",
-        f"| | output | **{OURS}** | {EAGER} | {COMPILE} | {FUSED} | share of the FMA peak |",
-        "|---|---|--:|--:|--:|--:|--:|",
+        f"| | **{OURS}** | {EAGER} | {COMPILE} | {FUSED} | share of the FMA peak |",
+        "|---|--:|--:|--:|--:|--:|",
     ]
-    rows = convolution_rows(results)
     for row in rows:
         threads = "" if row["threads"] == 1 else f", {row['threads']} threads"
         times = " | ".join(
@@ -349,19 +357,35 @@ def convolution_section(results: dict[str, Any], chart: str) -> list[str]:
             for name in (OURS, EAGER, COMPILE, FUSED)
         )
         share = f"{100 * row['share']:.0f} %"
-        lines.append(f"| {row['layer']}{threads} | {row['output']} | {times} | {share} |")
+        lines.append(f"| {row['layer']}{threads} | {times} | {share} |")
+    return lines
+
+
+def convolution_tables(results: dict[str, Any]) -> list[str]:
+    rows = [row for row in convolution_rows(results) if row["output"] == "channels_last"]
     return [
-        *lines,
+        "Stems from uint8 images of 224x224x3, layers of many channels from floats, channels-last "
+        f"outputs; milliseconds, {convolution_work(results)}:",
+        "",
+        *convolution_table(rows),
         "",
         f"Eager and compiled normalize, convolve, apply ReLU and count; {FUSED} starts from floats "
-        "and neither normalizes nor counts. The FMA peak, "
-        f"{results['fma_peak_gflops']:.0f} GFLOP/s on a core, is that of a loop on registers "
-        "alone, measured in the same run: no direct convolution in float32 is quicker. "
-        + convolution_limits(results, rows),
-        "",
-        f"![Times of pixfuse and its peers, over those of pixfuse]({chart})",
-        "",
+        "and neither normalizes nor counts.",
+    ]
+
+
+def convolution_details(results: dict[str, Any]) -> list[str]:
+    rows = convolution_rows(results)
+    return [
         *claim_lines(results),
+        "",
+        "Contiguous outputs:",
+        "",
+        *convolution_table([row for row in rows if row["output"] != "channels_last"]),
+        "",
+        "The share of the FMA peak counts the multiplications of the direct sum. The peak, "
+        f"{results['fma_peak_gflops']:.0f} GFLOP/s on a core, is that of a loop on registers "
+        "alone, measured in the same run. " + convolution_limits(results, rows),
         "",
         f"Medians of up to {results['most_samples']} interleaved rounds, fresh outputs, each "
         "result checked before it was timed; claims are for the memory format where they are met "
@@ -383,7 +407,7 @@ def convolution_limits(results: dict[str, Any], rows: Sequence[dict[str, Any]]) 
         ]
         if eager:
             parts.append(f"{name.removesuffix(' stem')} {min(eager) / least_ms:.1f}")
-    return f"At that peak the speedups over eager torch would be: {', '.join(parts)}."
+    return f"A direct sum at that peak would be faster than eager torch by: {', '.join(parts)}."
 
 
 def draw_convolution(results: dict[str, Any], path: Path, source: str) -> None:
@@ -472,17 +496,20 @@ def pixels_table(results: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def pixels_section(results: dict[str, Any], chart: str) -> list[str]:
-    first, stats = results["results"][0], results["stats"]
-    lines = [
-        "### Counts, standardizing, and the way back to pixels",
-        "",
+def pixels_tables(results: dict[str, Any]) -> list[str]:
+    first = results["results"][0]
+    return [
         f"{first['images']} crops of photographs, {first['input']}, one thread "
         f"({machine(results)}); the copy moves as many bytes:",
         "",
         *pixels_table(results["results"]),
-        "",
-        f"![Time per image of counting, standardizing and going back to pixels]({chart})",
+    ]
+
+
+def pixels_details(results: dict[str, Any]) -> list[str]:
+    first, stats = results["results"][0], results["stats"]
+    lines = [
+        *claim_lines(results),
         "",
         f"`pixfuse stats` on {stats['images']} {stats['input']}:",
         "",
@@ -495,8 +522,6 @@ def pixels_section(results: dict[str, Any], chart: str) -> list[str]:
         lines.append(f"| {row['workers'] or 'none'} | {image_us} | {share:.1f} % | {startup} |")
     return [
         *lines,
-        "",
-        *claim_lines(results),
         "",
         f"Medians of {first['samples']} interleaved rounds, each result checked before it was "
         f"timed; claims take the worse of the two layouts. {origin(results)} What each peer runs "
@@ -630,19 +655,73 @@ def drawn_from(path: Path) -> str | None:
 # ---- all together --------------------------------------------------------------------------------
 
 REPORTS = (
-    Report("normalize_cpu.json", normalize_section, draw_normalize),
-    Report("collate_cpu.json", collate_section, draw_collate),
-    Report("loader_cpu.json", loader_section, draw_loader),
-    Report("conv_bias_relu_cpu.json", convolution_section, draw_convolution),
-    Report("pixels_cpu.json", pixels_section, draw_pixels),
+    Report(
+        "normalize_cpu.json",
+        "A batch that is a tensor already",
+        normalize_tables,
+        "Time per image of pixfuse and its peers",
+        normalize_details,
+        draw_normalize,
+    ),
+    Report(
+        "collate_cpu.json",
+        "A list of images",
+        collate_tables,
+        "Time per image of pixfuse and its peers, from lists of images",
+        collate_details,
+        draw_collate,
+    ),
+    Report(
+        "loader_cpu.json",
+        "A DataLoader",
+        loader_tables,
+        "Where the time of a DataLoader goes",
+        loader_details,
+        draw_loader,
+    ),
+    Report(
+        "conv_bias_relu_cpu.json",
+        "Convolution, bias and ReLU",
+        convolution_tables,
+        "Times of pixfuse and its peers, over those of pixfuse",
+        convolution_details,
+        draw_convolution,
+    ),
+    Report(
+        "pixels_cpu.json",
+        "Counts, standardizing, and the way back to pixels",
+        pixels_tables,
+        "Time per image of counting, standardizing and going back to pixels",
+        pixels_details,
+        draw_pixels,
+    ),
 )
 
 
-def with_block(readme: str, block: str) -> str:
-    """The README with a new block between the marks."""
-    if readme.count(START) != 1 or readme.count(END) != 1:
-        raise SystemExit(f"README.md: expected one {START} and one {END}")
-    head, _, rest = readme.partition(START)
+def readme_section(report: Report, results: dict[str, Any], chart: str) -> str:
+    return "\n".join(
+        [
+            f"### {report.title}",
+            "",
+            *report.tables(results),
+            "",
+            f"![{report.chart}]({chart})",
+            "",
+            verdict(results, report.title),
+        ]
+    )
+
+
+def details_section(report: Report, results: dict[str, Any]) -> str:
+    return "\n".join([f"## {report.title}", "", *report.details(results)])
+
+
+def with_block(path: Path, block: str) -> str:
+    """A text with a new block between the marks."""
+    text = path.read_text()
+    if text.count(START) != 1 or text.count(END) != 1:
+        raise SystemExit(f"{path.name}: expected one {START} and one {END}")
+    head, _, rest = text.partition(START)
     _, _, tail = rest.partition(END)
     return f"{head}{START}\n{block}\n{END}{tail}"
 
@@ -652,9 +731,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="change nothing; fail on a difference")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--details", type=Path, default=ROOT / "docs" / "benchmarks.md")
     options = parser.parse_args(argv)
 
-    sections, problems = [], []
+    readme, details, problems = [], [], []
     for report in REPORTS:
         path = options.results / report.file
         if not path.exists():  # not measured yet
@@ -665,24 +745,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         source = hashlib.sha256(text.encode()).hexdigest()
         chart = path.with_suffix(".png").resolve()
         shown = chart.relative_to(ROOT).as_posix() if chart.is_relative_to(ROOT) else chart.name
-        sections.append("\n".join(report.section(results, shown)))
+        readme.append(readme_section(report, results, shown))
+        details.append(details_section(report, results))
         if not options.check:
             report.draw(results, chart, source)
             print(f"drew {shown}")
         elif drawn_from(chart) != source:
             problems.append(f"{chart.name} was not drawn from this {report.file}")
 
-    readme = options.readme.read_text()
-    wanted = with_block(readme, "\n\n".join(sections))
-    if options.check:
-        if readme != wanted:
-            problems.append(f"{options.readme.name} differs from the results")
-        for problem in problems:
-            print(f"{problem}; run python -m benchmarks.plot", file=sys.stderr)
-        return 1 if problems else 0
-    options.readme.write_text(wanted)
-    print(f"rewrote {options.readme.name}")
-    return 0
+    for path, sections in ((options.readme, readme), (options.details, details)):
+        wanted = with_block(path, "\n\n".join(sections))
+        if not options.check:
+            path.write_text(wanted)
+            print(f"rewrote {path.name}")
+        elif path.read_text() != wanted:
+            problems.append(f"{path.name} differs from the results")
+    for problem in problems:
+        print(f"{problem}; run python -m benchmarks.plot", file=sys.stderr)
+    return 1 if problems else 0
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pixfuse import _library
-from tests.build_cache import digest
+from tests.build_cache import PROCESSES, digest
 from tests.cuda_on_cpu.toolchain import ROOT, Toolchain, programs_of
 
 # The same examples in every run; `--hypothesis-profile=explore` looks further.
@@ -26,12 +26,19 @@ def worker_group(item: pytest.Item) -> str | None:
     return "-".join(programs) or None
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of one compiled program stay together: no process waits for what another compiles."""
+    """Tests of one compiled program stay together: no process waits for what another compiles.
+
+    Where several processes run the tests, groups begin first: at the end, when one process has
+    nothing left to do, the others have short tests only.
+    """
     for item in items:
         group = worker_group(item)
         if group is not None:
             item.add_marker(pytest.mark.xdist_group(group))
+    if PROCESSES > 1:
+        items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
 
 
 @pytest.fixture(scope="session")

@@ -91,25 +91,29 @@ def test_the_readme_and_the_charts_are_those_of_the_results() -> None:
     assert plot.main(["--check"]) == 0
 
 
-def test_a_number_typed_into_the_readme_is_found(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("option", "name"), [("readme", "README"), ("details", "docs/benchmarks")])
+def test_a_number_typed_into_a_text_is_found(
+    option: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    readme = (harness.ROOT / "README.md").read_text()
-    head, start, block = readme.partition(plot.START)
+    text = (harness.ROOT / f"{name}.md").read_text()
+    head, start, block = text.partition(plot.START)
     digit = next(c for c in block if c.isdigit())
-    forged = tmp_path / "README.md"
+    forged = tmp_path / "forged.md"
     forged.write_text(head + start + block.replace(digit, str((int(digit) + 1) % 10), 1))
-    assert plot.main(["--check", "--readme", str(forged)]) == 1
-    assert "README.md differs" in capsys.readouterr().err
+    assert plot.main(["--check", f"--{option}", str(forged)]) == 1
+    assert "forged.md differs" in capsys.readouterr().err
 
 
 def test_results_that_are_not_there_are_left_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{plot.START}\nold\n{plot.END}\nafter\n")
-    assert plot.main(["--results", str(tmp_path), "--readme", str(readme)]) == 0
-    assert readme.read_text() == f"before\n{plot.START}\n\n{plot.END}\nafter\n"
+    texts = [tmp_path / name for name in ("readme.md", "details.md")]
+    for text in texts:
+        text.write_text(f"before\n{plot.START}\nold\n{plot.END}\nafter\n")
+    readme, details = map(str, texts)
+    assert plot.main(["--results", str(tmp_path), "--readme", readme, "--details", details]) == 0
+    for text in texts:
+        assert text.read_text() == f"before\n{plot.START}\n\n{plot.END}\nafter\n"
     assert "there is no pixels_cpu.json" in capsys.readouterr().out
 
 

@@ -169,6 +169,17 @@ def test_one_pair_more_often_than_16_bits_count(isa: str, memory: str) -> None:
     check(images)
 
 
+@pytest.mark.parametrize("memory", ["planes", "RGB", "RGBX", "RGBA"])
+def test_one_pair_as_often_as_16_bits_count(isa: str, memory: str) -> None:
+    """And a little more or less: an image of 256 x 256 pixels fills a counter of RGBX."""
+    torch.set_num_threads(1)
+    for height, width in ((256, 256), (255, 257), (1, 65534), (3, 43691), (16, 8192), (300, 257)):
+        check(torch.full_like(in_memory_as(memory, 1, height, width), 255))
+        mixed = in_memory_as(memory, 1, height, width)
+        mixed[..., : width - 9] = 7
+        check(mixed)
+
+
 def test_tables_of_pairs_are_left_clear(isa: str) -> None:
     """They are used again: by any layout, and by several threads."""
     torch.set_num_threads(3)

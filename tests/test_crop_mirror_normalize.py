@@ -387,6 +387,14 @@ def test_anchors(device: torch.device) -> None:
             check(images, size, anchor=list(anchor), out_of_bounds="pad", device=device)
 
 
+def test_one_anchor_for_images_of_one_size(device: torch.device) -> None:
+    images = [random_bytes(3, 11, 8) for _ in range(3)]
+    for size in (1, 6, (11, 8), (12, 5)):
+        for anchor in itertools.product((0.0, 0.1, 0.25, 0.5, 0.7, 1.0), repeat=2):
+            check(images, size, anchor=anchor, out_of_bounds="pad", mirror=True, device=device)
+            check(images, size, anchor=anchor, out_of_bounds="pad", flip=True, device=device)
+
+
 def test_two_anchors_are_for_two_images() -> None:
     images = [random_bytes(3, 9, 9), random_bytes(3, 9, 9)]
     check(images, 4, anchor=((0.0, 1.0), (1.0, 0.0)))
@@ -398,6 +406,32 @@ def test_one_place_for_every_image(device: torch.device) -> None:
     for form in (int, np.int64, lambda v: torch.tensor(v)):  # noqa: PLW0108
         check(images, (4, 5), top=form(3), left=form(1), device=device)
     check(images, (4, 5), top=form(3), left=[0, 2, 15], device=device)
+
+
+# --- large outputs, which are stored past the caches where their rows are whole lines of these ---
+
+
+@pytest.mark.parametrize("width", [1040, 1033])
+@pytest.mark.parametrize("larger", [0, 3])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_outputs_beyond_the_caches(larger: int, width: int, threads: int) -> None:
+    torch.set_num_threads(threads)
+    height, channels = 720, 3
+    makers = [
+        SAMPLES["array"],
+        SAMPLES["tensor"],
+        SAMPLES["array, one byte more per pixel"],
+        lambda c, h, w: pillow("RGB", h, w),
+        SAMPLES["array, rows backwards"],
+    ]
+    images = [make(channels, height + larger, width + larger) for make in makers * 2]
+    result = check(
+        images,
+        (height, width),
+        made_up(channels, "torchvision"),
+        mirror=[i >= len(makers) and larger > 0 for i in range(len(images))],
+    )
+    assert result.nbytes > 24 << 20
 
 
 # --- images ---

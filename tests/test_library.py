@@ -98,7 +98,7 @@ def test_nothing_of_ours_is_visible_to_other_libraries(library: Path) -> None:
 
 @needs_binutils
 def test_the_module_of_images_knows_no_torch() -> None:
-    """It finds the CPU library beside it, and calls three C functions of it."""
+    """It finds the CPU library beside it, and calls four C functions of it."""
     library = Path(pixfuse._images.__file__)
     dynamic = subprocess.run(
         ["readelf", "--dynamic", "--wide", str(library)], check=True, capture_output=True, text=True
@@ -114,6 +114,7 @@ def test_the_module_of_images_knows_no_torch() -> None:
         "pixfuse_channel_histogram",
         "pixfuse_crop_mirror_normalize",
         "pixfuse_image_moments",
+        "pixfuse_normalize",
     }
 
 

@@ -220,6 +220,58 @@ def test_every_isa_gives_the_same_bits() -> None:
         assert_same_bits(result, results[0])
 
 
+# --- the two ways of a GPU ---
+
+ONE_PASS, TWO_KERNELS = 1, 2
+CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_both_ways(cuda: torch.device, layout: str, dtype: torch.dtype) -> None:
+    """Up to images that, in some layout, nearly fill the least shared memory that a GPU has."""
+    for size in ((2, 3, 5, 7), (1, 1, 1, 1), (3, 4, 33, 65), (2, 13, 6, 9), (5, 3, 70, 131)):
+        images = LAYOUTS[layout](*size).to(cuda)
+        for per_channel, memory_format in itertools.product((False, True), (0, 1)):
+            expected = pixfuse.reference.standardize_per_image(
+                images.cpu(), per_channel, dtype=dtype, memory_format=FORMATS[memory_format]
+            )
+            for way in (ONE_PASS, TWO_KERNELS):
+                ours = torch.ops.pixfuse.standardize_per_image(
+                    images, per_channel, 0.0, 0, CODES[dtype], memory_format, way
+                )
+                assert_same_bits(ours, expected)
+
+
+@pytest.mark.parametrize("count", [1, 7, 64, 300])
+def test_images_of_imagenet_by_the_rule(cuda: torch.device, count: int) -> None:
+    """One pass or two, whatever the GPU has."""
+    images = photographs(count, 3, 224, 224).to(cuda)
+    for view in (images, images.contiguous(memory_format=torch.channels_last)):
+        check(view)
+        check(view, True)
+
+
+def test_one_pass_needs_no_memory_but_the_output(cuda: torch.device) -> None:
+    images = random_bytes(8, 3, 64, 65).to(cuda)
+    pixfuse.standardize_per_image(images)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.max_memory_allocated()
+    result = torch.ops.pixfuse.standardize_per_image(images, False, 0.0, 0, 0, 0, ONE_PASS)
+    assert torch.cuda.max_memory_allocated() - before <= result.nbytes + 512
+
+
+def test_ways_that_cannot_be(cuda: torch.device) -> None:
+    images = random_bytes(2, 3, 600, 600).to(cuda)
+    operator = torch.ops.pixfuse.standardize_per_image
+    with pytest.raises((RuntimeError, ValueError), match=r"way 0 or 2 for images of which .* 1"):
+        operator(images, False, 0.0, 0, 0, 0, ONE_PASS)
+    with pytest.raises((RuntimeError, ValueError), match="way from 0 to 2, got 3"):
+        operator(images, False, 0.0, 0, 0, 0, 3)
+    assert_same_bits(operator(images, False, 0.0, 0, 0, 0, TWO_KERNELS), check(images))
+
+
 # --- errors ---
 
 IMAGES = random_bytes(2, 3, 4, 5)

@@ -58,6 +58,7 @@ int32_t channel_histogram_cpu(const ChannelHistogramArgs& args, ParallelFor para
   struct Job {
     HistogramRows rows;
     Loop loop;
+    int64_t blocks;
   } job{{args.images,
          args.counts,
          args.sizes[C],
@@ -65,23 +66,25 @@ int32_t channel_histogram_cpu(const ChannelHistogramArgs& args, ParallelFor para
          {args.sizes[N], args.sizes[H], args.sizes[W]},
          {args.strides[N], args.strides[H], args.strides[W]},
          false},
-        loop_for(active_isa())};
+        loop_for(active_isa()),
+        0};
   make_long_rows(job.rows.sizes, job.rows.strides, 3);
 
   const auto body = [](int64_t first, int64_t last, void* context) {
     const Job& job = *static_cast<const Job*>(context);
-    const int64_t width = job.rows.sizes[2];
+    HistogramRows rows = job.rows;
+    rows.alone = last - first == job.blocks;
+    const int64_t width = rows.sizes[2];
     const int64_t pixels = width < kHistogramBlockPixels ? width : kHistogramBlockPixels;
     PairTables* pairs = (last - first) * pixels >= kPairedPixels ? take_tables() : nullptr;
-    job.loop(job.rows, first, last, pairs);
+    job.loop(rows, first, last, pairs);
     if (pairs != nullptr) give_tables_back(pairs);
   };
   const auto& sizes = job.rows.sizes;
-  const int64_t blocks = sizes[0] * sizes[1] * blocks_per_row(job.rows);
+  const int64_t blocks = job.blocks = sizes[0] * sizes[1] * blocks_per_row(job.rows);
   const int64_t row_pixels = sizes[2] < kHistogramBlockPixels ? sizes[2] : kHistogramBlockPixels;
   const int64_t grain = 1 + kGrainElements / (row_pixels * args.sizes[C]);
   if (blocks <= grain) {
-    job.rows.alone = true;
     body(0, blocks, &job);
     return 0;
   }

@@ -115,6 +115,9 @@ void unpair(PairTable& table, int64_t* first_sums, int64_t* second_sums) {
   alignas(64) uint16_t by_first[kByteValues] = {};
   for (int second = 0; second < kByteValues; ++second) {
     uint16_t* row = table + second * kByteValues;
+    uint16_t any = 0;
+    for (int first = 0; first < kByteValues; ++first) any = static_cast<uint16_t>(any | row[first]);
+    if (any == 0) continue;
     uint16_t sum = 0;
     for (int first = 0; first < kByteValues; ++first) {
       by_first[first] = static_cast<uint16_t>(by_first[first] + row[first]);
@@ -186,10 +189,17 @@ void count_paired_blocks(const HistogramRows& rows, int64_t first_channel, int64
   const uint8_t* images = rows.images + first_channel * rows.channel_stride;
   for_each_run(rows, images, first, last, [&](const uint8_t* in, int64_t count) {
     // Two places take turns, so that an increment seldom has to wait for the one before.
-    const int64_t half = count / (2 * Pair::kPixels), bytes = Pair::kPixels * kStep;
-    if (units + 2 * half > kMaxUnits) {
-      add_up();
-      units = 0;
+    int64_t half = count / (2 * Pair::kPixels);
+    const int64_t bytes = Pair::kPixels * kStep, room = (kMaxUnits - units) / 2;
+    if (half > room) {
+      // The tables are not added up for the sake of a few units (an image of 256 x 256 pixels has
+      // one too many): they are counted one by one.
+      if (half - room <= half / 32) {
+        half = room;
+      } else {
+        add_up();
+        units = 0;
+      }
     }
     units += 2 * half;
     const uint8_t* second = in + half * bytes;

@@ -4,6 +4,7 @@
 // the tests have it on their include path (tests/cuda_on_cpu), where kernels run on the CPU.
 #pragma once
 #include <stddef.h>
+#include <stdint.h>
 
 #include <type_traits>
 
@@ -27,9 +28,44 @@
 
 namespace pixfuse {
 
+// What a block has of shared memory, static and dynamic together, without `allow_shared_memory`.
+constexpr int64_t kSharedBytesOfEveryKernel = 48 * 1024;
+
+// What the current device has for a kernel.
+struct DeviceLimits {
+  int64_t shared_bytes;  // of a block, static and dynamic together, with `allow_shared_memory`
+  int64_t multiprocessors;
+};
+inline cudaError_t read_limits(DeviceLimits& limits) {
+#if defined(__CUDACC__)
+  int device = 0, shared_bytes = 0, multiprocessors = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  error = cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error != cudaSuccess) return error;
+  error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  limits = {shared_bytes, multiprocessors};
+  return error;
+#else
+  limits = {::cuda_on_cpu::device.shared_bytes, ::cuda_on_cpu::device.multiprocessors};
+  return cudaSuccess;
+#endif
+}
+
+// Lets launches of `kernel` on the current device have up to `dynamic_bytes` of shared memory
+// beside what it declares.
+template <class... Parameters>
+cudaError_t allow_shared_memory(void (*kernel)(Parameters...), int64_t dynamic_bytes) {
+#if defined(__CUDACC__)
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              static_cast<int>(dynamic_bytes));
+#else
+  return ::cuda_on_cpu::allow_shared_memory(reinterpret_cast<const void*>(kernel),
+                                            static_cast<size_t>(dynamic_bytes));
+#endif
+}
+
 // Enqueues `kernel` on `stream` of the current device. The arguments convert as in a plain call.
-// A block has 48 KiB of shared memory, static and dynamic together: more needs an opt-in that no
-// kernel asks for yet.
 template <class... Parameters>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
                    cudaStream_t stream, std::type_identity_t<Parameters>... arguments) {

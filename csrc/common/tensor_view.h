@@ -9,16 +9,12 @@
 
 #include "common/checks.h"
 #include "common/element_type.h"
+#include "common/layout.h"
 
 namespace pixfuse {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-// Numbers of the operators' schemas, where strings would leak and torch's own enums take longer to
-// pass. Their names are in python/pixfuse/_library.py; a `dtype` is an ElementType.
-enum class InputLayout : int64_t { nchw = 0, nhwc = 1 };
-enum class MemoryFormat : int64_t { contiguous = 0, channels_last = 1, preserve = 2 };
 
 // Shape and strides as N, C, H, W, whatever order and rank the tensor has.
 struct TensorView {
@@ -97,22 +93,11 @@ inline int32_t shim_dtype(ElementType dtype) {
 
 // --- dense outputs ---
 
-// Strides of N, C, H, W; `channels_last` puts the channels of a pixel side by side.
-inline std::array<int64_t, 4> dense_strides(const int64_t (&sizes)[4], bool channels_last) {
-  const int64_t channels = sizes[1], height = sizes[2], width = sizes[3];
-  const int64_t image = channels * height * width;
-  if (channels_last) return {image, 1, width * channels, channels};
-  return {image, height * width, width, 1};
-}
-
-// memory_format=preserve: as the images lie, seen as NCHW.
 inline bool wants_channels_last(const char* function, const TensorView& images,
                                 int64_t memory_format) {
   check(memory_format >= 0 && memory_format <= 2, function,
         "memory_format 0 (contiguous), 1 (channels_last) or 2 (preserve), got ", memory_format);
-  const auto format = static_cast<MemoryFormat>(memory_format);
-  if (format != MemoryFormat::preserve) return format == MemoryFormat::channels_last;
-  return images.sizes[1] > 1 && images.strides[1] == 1;
+  return is_channels_last(static_cast<MemoryFormat>(memory_format), images.sizes, images.strides);
 }
 
 inline bool has_strides(const TensorView& view, const std::array<int64_t, 4>& strides) {

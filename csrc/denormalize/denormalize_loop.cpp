@@ -47,6 +47,14 @@ inline float widen(Float16 value) {
   return float_of(sign | (magnitude >= 0x7c00u ? infinite : finite));
 }
 
+// Adding this to a value rounds it half to even, as 1 is the last bit of the sum. And the bits of
+// floats, as whole numbers with a sign, are in the order of the floats where these are positive,
+// with infinity at the end, and below 0 where they are negative. So what is clamped are whole
+// numbers, whose last byte is the result: the compiler has instructions for that, where it turns
+// clamped floats into comparisons and blends.
+constexpr float kRoundToByte = 12582912.0f;   // 1.5 * 2**23, as a sum may be less
+constexpr int32_t kRoundedZero = 0x4b400000;  // its bits
+
 struct Constants {
   const float *scale, *offset;
 };
@@ -61,9 +69,10 @@ void convert_values(const T* __restrict in, uint8_t* __restrict out, int64_t cou
   for (int64_t i = 0; i < count; ++i) {
     const float x = widen(in[i]);
     const float y = x * (kCycle ? scales[i] : scale) + (kCycle ? offsets[i] : offset);
-    const float above = y > 0.0f ? y : 0.0f;  // NaN too
-    const float inside = above < 255.0f ? above : 255.0f;
-    out[i] = static_cast<uint8_t>(bits_of(inside + kRoundToInteger));
+    const int32_t rounded = static_cast<int32_t>(bits_of(y + kRoundToByte));
+    const int32_t above = rounded > kRoundedZero ? rounded : kRoundedZero;
+    const int32_t inside = above < kRoundedZero + 255 ? above : kRoundedZero + 255;
+    out[i] = static_cast<uint8_t>(y == y ? inside : 0);  // NaN: 0
     if constexpr (kCount) {
       const uint32_t magnitude = bits_of(x) & 0x7fffffffu;
       infinite += magnitude == 0x7f800000u ? 1u : 0u;

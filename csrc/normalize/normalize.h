@@ -49,6 +49,7 @@ struct NormalizeArgs {
   Arithmetic arithmetic;
   float scale;                       // of Arithmetic::multiply
   const ChannelConstants* channels;  // [C], in host memory
+  bool past_caches;  // CPU: float32 planes on whole cache lines are stored past them
 };
 
 // Returns what `parallel_for` returned: 0 when all went well.
@@ -58,3 +59,7 @@ int32_t normalize_cpu(const NormalizeArgs& args, ParallelFor parallel_for);
 int normalize_cuda(const NormalizeArgs& args, void* stream);
 
 }  // namespace pixfuse
+
+// normalize_cpu on torch's threads: what the module of Python's images calls in the CPU library.
+extern "C" __attribute__((visibility("default"))) int32_t
+pixfuse_normalize(const pixfuse::NormalizeArgs* args);

@@ -10,7 +10,7 @@
 
 #include <stddef.h>
 
-#if defined(__F16C__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -35,7 +35,7 @@ struct Cycle {
 // --- convert ---
 
 template <Arithmetic arithmetic>
-inline float normalize_value(uint8_t x, float scale, float mean, float std, double center_high,
+inline float normalize_value(int32_t x, float scale, float mean, float std, double center_high,
                              double center_low, double inverse_width) {
   if constexpr (arithmetic == Arithmetic::multiply) {
     return ((static_cast<float>(x) * scale) - mean) / std;
@@ -166,6 +166,118 @@ void lookup_run(const uint8_t*, uint16_t*, int64_t, const uint16_t*) {}
 // A table costs 256 conversions; it pays when several times as many pixels use it.
 constexpr int64_t kTablePixels = 1024;
 
+// --- one channel of float32, and past the caches ---
+
+// What the value of a pixel is read from: bytes that lie side by side, or pixels of 4 bytes, which
+// are read as words (of the byte order that every machine with loops here has).
+struct Bytes {
+  const uint8_t* in;
+  static constexpr bool ends = false;  // for what Words has it
+
+  int32_t operator()(int64_t i) const { return in[i]; }
+  int32_t last(int64_t i) const { return in[i]; }
+};
+struct Words {
+  const uint8_t* in;
+  int place;  // of the channel in the pixel
+  bool ends;  // whether memory may end before the fourth byte of the last pixel
+
+  int32_t operator()(int64_t i) const {
+    uint32_t word;
+    __builtin_memcpy(&word, in + 4 * i, sizeof word);
+    return static_cast<int32_t>(word >> (8 * place) & 255u);
+  }
+  int32_t last(int64_t i) const { return in[4 * i + place]; }
+};
+
+// A line of the caches. Storing one past them saves reading it first; a line that is stored in part
+// costs more than that, so such outputs lie on whole lines. Some lines are computed at a time.
+constexpr int64_t kLineBytes = 64, kLineValues = kLineBytes / sizeof(float);
+constexpr int64_t kSomeValues = 32;
+
+#if defined(__AVX512F__)
+constexpr bool kCanPassCaches = true;
+inline void store_line(float* out, const float* line) {
+  _mm512_stream_ps(out, _mm512_load_ps(line));
+}
+#elif defined(__AVX2__)
+constexpr bool kCanPassCaches = true;
+inline void store_line(float* out, const float* line) {
+  for (int i = 0; i < kLineValues; i += 8) _mm256_stream_ps(out + i, _mm256_load_ps(line + i));
+}
+#else
+constexpr bool kCanPassCaches = false;
+inline void store_line(float*, const float*) {}
+#endif
+
+// Whoever is told that the work is done sees what was stored past the caches, too.
+inline void finish_past_caches() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+template <Arithmetic arithmetic, bool past_caches, class Read>
+void compute_channel(const Read read, float* __restrict out, int64_t count, float scale,
+                     const ChannelConstants& channel) {
+  const ChannelConstants c = channel;
+  const auto value = [&](int32_t byte) {
+    return normalize_value<arithmetic>(byte, scale, c.mean, c.std, c.center_high, c.center_low,
+                                       c.inverse_width);
+  };
+  const int64_t sure = count - (read.ends ? 1 : 0);
+  int64_t i = 0;
+  if constexpr (past_caches) {
+    alignas(kLineBytes) float values[kSomeValues];
+    for (; i + kSomeValues <= sure; i += kSomeValues) {
+      for (int64_t j = 0; j < kSomeValues; ++j) values[j] = value(read(i + j));
+      for (int64_t j = 0; j < kSomeValues; j += kLineValues) store_line(out + i + j, values + j);
+    }
+    // The last lines, too: each that is stored the usual way waits until it has been read.
+    const int64_t rest = (count - i) / kLineValues * kLineValues;
+    const int64_t sure_rest = rest < sure - i ? rest : sure - i;
+    for (int64_t j = 0; j < sure_rest; ++j) values[j] = value(read(i + j));
+    for (int64_t j = sure_rest; j < rest; ++j) values[j] = value(read.last(i + j));
+    for (int64_t j = 0; j < rest; j += kLineValues) store_line(out + i + j, values + j);
+    i += rest;
+  }
+  for (; i < sure; ++i) out[i] = value(read(i));
+  for (; i < count; ++i) out[i] = value(read.last(i));
+}
+
+template <bool past_caches, class Read>
+void convert_channel(const NormalizeArgs& args, const Read read, float* out, int64_t count,
+                     const ChannelConstants& channel) {
+  switch (args.arithmetic) {
+    case Arithmetic::multiply:
+      return compute_channel<Arithmetic::multiply, past_caches>(read, out, count, args.scale,
+                                                                channel);
+    case Arithmetic::divide:
+      return compute_channel<Arithmetic::divide, past_caches>(read, out, count, args.scale,
+                                                              channel);
+    case Arithmetic::nearest:
+      return compute_channel<Arithmetic::nearest, past_caches>(read, out, count, args.scale,
+                                                               channel);
+  }
+}
+
+template <class Read>
+void convert_channel(const NormalizeArgs& args, const Read read, float* out, int64_t count,
+                     const ChannelConstants& channel, bool past_caches) {
+  return past_caches ? convert_channel<kCanPassCaches>(args, read, out, count, channel)
+                     : convert_channel<false>(args, read, out, count, channel);
+}
+
+// Whether every row of every plane begins and ends where a line does.
+inline bool on_lines(const NormalizeArgs& args) {
+  uintptr_t offsets = reinterpret_cast<uintptr_t>(args.output);
+  for (int d = 0; d < 4; ++d) {
+    const int64_t elements = d < 3 ? args.output_strides[d] : args.sizes[3];
+    if (args.sizes[d] > 1) offsets |= static_cast<uintptr_t>(elements) * sizeof(float);
+  }
+  return offsets % kLineBytes == 0;
+}
+
 // --- order: bytes into the order of the output ---
 
 constexpr int kMaxGroup = 4;  // channels that are brought apart together
@@ -274,6 +386,12 @@ inline uint8_t* bytes_of(T*) {
   return nullptr;
 }
 
+inline float* float32_of(float* out) { return out; }
+template <class T>
+inline float* float32_of(T*) {
+  return nullptr;
+}
+
 // Planes up to this size that are read where they lie are converted one after the other, whole: the
 // batch is then read and written from end to end. Larger ones take turns, block by block: beyond
 // the caches several streams through memory are faster than one.
@@ -282,13 +400,25 @@ constexpr int64_t kWholePlanePixels = 16384;
 // The results of a channel lie side by side.
 template <class T>
 void normalize_planar(const NormalizeArgs& args, const uint8_t* in, T* out, int64_t count,
-                      const uint16_t* table) {
+                      const uint16_t* table, bool past_caches, bool ends) {
   const int64_t channels = args.sizes[1];
   const int64_t in_channel = args.image_strides[1];
   const int group = channels == 3 || channels == 4 ? static_cast<int>(channels) : 1;
   const int distinct = in_channel == 0 ? 1 : group;  // one channel, repeated
   const Pixels pixels = pixels_of(args, in, count);
   const bool forward = in_channel == 1, backward = in_channel == -1;  // within the pixel
+  float* const float32 = float32_of(out);
+  if (float32 != nullptr && group == channels && group > 1 && (forward || backward) &&
+      pixels.step == 4 && !pixels.mirrored) {
+    for (int k = 0; k < group; ++k) {
+      const Words words{pixels.lowest - (backward ? group - 1 : 0), backward ? group - 1 - k : k,
+                        ends && group < 4};
+      convert_channel(args, words, float32 + k * args.output_strides[1], count, args.channels[k],
+                      past_caches);
+    }
+    return;
+  }
+
   alignas(64) uint8_t runs[kMaxGroup][kMaxBlockPixels];
   alignas(64) uint8_t turned[kMaxGroup][kMaxBlockPixels];
 
@@ -328,6 +458,9 @@ void normalize_planar(const NormalizeArgs& args, const uint8_t* in, T* out, int6
       T* target = out + c * args.output_strides[1];
       if (table != nullptr) {
         lookup_run(bytes, reinterpret_cast<uint16_t*>(target), count, table + 256 * c);
+      } else if (float32 != nullptr) {
+        convert_channel(args, Bytes{bytes}, float32_of(target), count, args.channels[c],
+                        past_caches);
       } else {
         convert(args, bytes, target, count, args.channels[c]);
       }
@@ -444,6 +577,8 @@ void normalize_blocks(const NormalizeArgs& args, int64_t first, int64_t last, bo
     prepared.has_table = true;
   }
 
+  const bool past_caches =
+      kCanPassCaches && args.past_caches && planar && sizeof(T) == sizeof(float) && on_lines(args);
   const int64_t per_row = blocks_per_row(args), pixels = block_pixels(args);
   const bool whole_planes = planar && args.image_strides[3] == 1 && width <= kWholePlanePixels;
   for (int64_t block = first, blocks; block < last; block += blocks) {
@@ -457,15 +592,19 @@ void normalize_blocks(const NormalizeArgs& args, int64_t first, int64_t last, bo
                         w * args.image_strides[3];
     T* out = static_cast<T*>(args.output) + n * args.output_strides[0] +
              h * args.output_strides[2] + w * args.output_strides[3];
+    // Whether no pixel of the image lies behind the block.
+    const bool ends = w + count == width && (h + 1 == args.sizes[2] || args.image_strides[2] <= 0);
     if (planar) {
       normalize_planar(args, in, out, count,
-                       use_table ? reinterpret_cast<const uint16_t*>(prepared.table) : nullptr);
+                       use_table ? reinterpret_cast<const uint16_t*>(prepared.table) : nullptr,
+                       past_caches, ends);
     } else if (interleaved) {
       normalize_interleaved(args, in, out, count, prepared.cycle);
     } else {
       normalize_strided(args, in, out, count);
     }
   }
+  if (past_caches) finish_past_caches();
 }
 
 template <class T>

@@ -6,8 +6,7 @@ namespace pixfuse {
 namespace {
 
 void run(const NormalizeCall& call) {
-  check(normalize_cpu(call.args, torch_parallel_for) == 0, "normalize",
-        "torch's threads to run the loop");
+  check(pixfuse_normalize(&call.args) == 0, "normalize", "torch's threads to run the loop");
 }
 
 Tensor normalize(const Tensor& images, const std::vector<double>& mean,
@@ -34,6 +33,10 @@ void normalize_out(const Tensor& images, const std::vector<double>& mean,
 
 }  // namespace
 }  // namespace pixfuse
+
+int32_t pixfuse_normalize(const pixfuse::NormalizeArgs* args) {
+  return pixfuse::normalize_cpu(*args, torch_parallel_for);
+}
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pixfuse, m) {
   m.def(

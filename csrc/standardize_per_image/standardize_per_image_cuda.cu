@@ -1,20 +1,17 @@
-// The kernel that converts, and its launcher; the sums before it are those of `image_moments`. No
-// torch.
+// Which of two ways a call goes, the kernel of the second way, and the launcher. No torch.
 //
-// The constants of an image are computed from its sums by each block that converts a part of it:
-// that costs a few instructions and spares a launch and a trip through memory. Threads go along the
-// output, so that stores are coalesced; the bytes are read a second time, from cache where the
-// batch fits in it.
+// One pass: standardize_per_image_one_pass.h, for what fits into shared memory. Two kernels: the
+// sums are those of `image_moments`, and a kernel converts. There the constants of an image are
+// computed from its sums by each block that converts a part of it: that costs a few instructions
+// and spares a launch and a trip through memory. Threads go along the output, so that stores are
+// coalesced; the bytes are read a second time, from cache where the batch fits in it.
 #include "common/cuda_launch.h"
 #include "image_moments/image_moments.h"
-#include "standardize_per_image/standardize_per_image.h"
-#include "standardize_per_image/standardize_per_image_constants.h"
+#include "standardize_per_image/standardize_per_image_one_pass.h"
 
 namespace pixfuse {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kMaxChannels = 32;  // of one launch, whose constants a block keeps
 constexpr int64_t kValuesPerThread = 8;
 constexpr int64_t kMaxBlocks = 65536;  // and then each thread takes more
 
@@ -31,14 +28,6 @@ struct Parameters {
   bool per_channel, planar;
   double floor;
 };
-
-__device__ __forceinline__ void convert(float value, float& result) { result = value; }
-__device__ __forceinline__ void convert(float value, __half& result) {
-  result = __float2half_rn(value);
-}
-__device__ __forceinline__ void convert(float value, __nv_bfloat16& result) {
-  result = __float2bfloat16_rn(value);
-}
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) standardize_kernel(const Parameters p) {
@@ -114,11 +103,13 @@ cudaError_t launch_channels(const StandardizeArgs& args, int64_t first, int64_t 
                 0, stream, p);
 }
 
-}  // namespace
-
-int standardize_per_image_cuda(const StandardizeArgs& args, void* stream) {
-  for (int64_t size : args.sizes) {
-    if (size == 0) return cudaSuccess;
+template <class T>
+cudaError_t launch_type(const StandardizeArgs& args, cudaStream_t stream) {
+  if (args.sums == nullptr) {
+    DeviceLimits limits{};
+    if (const cudaError_t error = read_limits(limits)) return error;
+    const OnePass plan = plan_one_pass(args, limits);
+    return plan.fits ? launch_one_pass<T>(plan, stream) : cudaErrorInvalidValue;
   }
   ImageMomentsArgs moments{};
   moments.images = args.images;
@@ -128,29 +119,62 @@ int standardize_per_image_cuda(const StandardizeArgs& args, void* stream) {
   }
   moments.sums = args.sums;
   moments.squares = args.squares;
-  if (const int error = image_moments_cuda(moments, stream)) return error;
-
-  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  if (const int error = image_moments_cuda(moments, stream)) return static_cast<cudaError_t>(error);
   for (int64_t first = 0; first < args.sizes[1]; first += kMaxChannels) {
-    const int64_t left = args.sizes[1] - first;
-    const int64_t count = left < kMaxChannels ? left : kMaxChannels;
-    cudaError_t error = cudaErrorInvalidValue;
-    switch (args.dtype) {
-      case ElementType::float32:
-        error = launch_channels<float>(args, first, count, cuda_stream);
-        break;
-      case ElementType::float16:
-        error = launch_channels<__half>(args, first, count, cuda_stream);
-        break;
-      case ElementType::bfloat16:
-        error = launch_channels<__nv_bfloat16>(args, first, count, cuda_stream);
-        break;
-      case ElementType::uint8:
-        break;
-    }
+    const int count = smaller(kMaxChannels, args.sizes[1] - first);
+    const cudaError_t error = launch_channels<T>(args, first, count, stream);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
+}
+
+bool is_empty(const StandardizeArgs& args) {
+  for (int64_t size : args.sizes) {
+    if (size == 0) return true;
+  }
+  return false;
+}
+
+// The rule. One pass moves fewer bytes and launches one kernel instead of three, but a group has
+// one block, which only one multiprocessor works on: a few large groups leave most of the GPU idle,
+// where two kernels would fill it. So large groups go in one pass only if there is one for every
+// fourth multiprocessor. Not yet measured on a GPU; where a measurement says otherwise, this is the
+// place to say so.
+bool is_faster_in_one_pass(const OnePass& plan, const DeviceLimits& limits) {
+  return plan.shared_bytes <= kSmallGroupBytes || 4 * plan.groups >= limits.multiprocessors;
+}
+
+}  // namespace
+
+int choose_standardize_way(const StandardizeArgs& args, StandardizeWay& way) {
+  if (way == StandardizeWay::two_kernels) return cudaSuccess;
+  DeviceLimits limits{};
+  if (const cudaError_t error = read_limits(limits)) return error;
+  if (is_empty(args)) {
+    way = StandardizeWay::one_pass;  // of nothing
+    return cudaSuccess;
+  }
+  const OnePass plan = plan_one_pass(args, limits);
+  if (way == StandardizeWay::one_pass) return plan.fits ? cudaSuccess : cudaErrorInvalidValue;
+  way = plan.fits && is_faster_in_one_pass(plan, limits) ? StandardizeWay::one_pass
+                                                         : StandardizeWay::two_kernels;
+  return cudaSuccess;
+}
+
+int standardize_per_image_cuda(const StandardizeArgs& args, void* stream) {
+  if (is_empty(args)) return cudaSuccess;
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  switch (args.dtype) {
+    case ElementType::float32:
+      return launch_type<float>(args, cuda_stream);
+    case ElementType::float16:
+      return launch_type<__half>(args, cuda_stream);
+    case ElementType::bfloat16:
+      return launch_type<__nv_bfloat16>(args, cuda_stream);
+    case ElementType::uint8:
+      break;
+  }
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace pixfuse

@@ -21,7 +21,8 @@ void run(StandardizeCall& call) {
 }
 
 Tensor standardize_per_image(const Tensor& images, bool per_channel, double floor,
-                             int64_t input_layout, int64_t dtype, int64_t memory_format) {
+                             int64_t input_layout, int64_t dtype, int64_t memory_format,
+                             int64_t /*way*/) {
   StandardizeCall call(images, per_channel, floor, input_layout);
   call.choose_output(dtype, memory_format);
   StandardizeArgs& args = call.args;
@@ -34,7 +35,7 @@ Tensor standardize_per_image(const Tensor& images, bool per_channel, double floo
 }
 
 void standardize_per_image_out(const Tensor& images, bool per_channel, double floor,
-                               int64_t input_layout, Tensor out) {
+                               int64_t input_layout, Tensor out, int64_t /*way*/) {
   StandardizeCall call(images, per_channel, floor, input_layout);
   check(out.is_cpu(), call.kName, "out on the device of images (cpu)");
   call.set_output(out);
@@ -47,10 +48,10 @@ void standardize_per_image_out(const Tensor& images, bool per_channel, double fl
 STABLE_TORCH_LIBRARY_FRAGMENT(pixfuse, m) {
   m.def(
       "standardize_per_image(Tensor images, bool per_channel, float floor, int input_layout, "
-      "int dtype, int memory_format) -> Tensor");
+      "int dtype, int memory_format, int way=0) -> Tensor");
   m.def(
       "standardize_per_image_out(Tensor images, bool per_channel, float floor, int input_layout, "
-      "Tensor(a!) out) -> ()");
+      "Tensor(a!) out, int way=0) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pixfuse, CPU, m) {

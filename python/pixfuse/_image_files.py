@@ -127,9 +127,14 @@ def _once(entries: list[Any], part_of: Any) -> list[Any]:
     """Sorted by key, and what two arguments name once."""
     places: set[tuple[Any, ...]] = set()
     unique: dict[str, Any] = {}
+    folders: dict[str, str] = {}
     for entry in sorted(entries, key=lambda entry: (len(part_of(entry).key), part_of(entry).key)):
         key, path, *inside = part_of(entry)
-        place = (os.path.abspath(path), *inside)  # noqa: PTH100  (links stay what they are)
+        # As os.path.abspath, which leaves links what they are; once for each folder.
+        folder, slash, name = path.rpartition("/")
+        if folder not in folders:
+            folders[folder] = os.path.abspath(folder + slash)  # noqa: PTH100
+        place = (folders[folder], name, *inside)
         if place in places:
             continue
         if key in unique:
@@ -318,8 +323,14 @@ class _Finder:
 
 def _check_regular(path: Path | str) -> None:
     """A pipe would wait for somebody to write."""
-    if not stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116
+    _size_of_regular(path)
+
+
+def _size_of_regular(path: Path | str) -> int:
+    status = os.stat(path)  # noqa: PTH116
+    if not stat.S_ISREG(status.st_mode):
         raise ValueError("not a regular file")
+    return status.st_size
 
 
 def _check_end_of_tar(path: Path, end: int) -> None:
@@ -415,9 +426,8 @@ def read_image(file: ImageFile, reading: Reading) -> Image.Image:
     ``torchvision.datasets.ImageFolder`` does by ``convert("RGB")``.
     """
     source: Any = file.path
-    _check_regular(file.path)
-    size = os.path.getsize(file.path) if file.size < 0 else file.size  # noqa: PTH202
-    if size == 0:
+    whole = _size_of_regular(file.path)
+    if (whole if file.size < 0 else file.size) == 0:
         raise ValueError("an empty file")
     if file.size >= 0:
         with Path(file.path).open("rb") as shard:

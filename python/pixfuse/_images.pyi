@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 class ImageList:
     """Images in memory that stays alive with this list."""
@@ -11,6 +12,10 @@ class ImageList:
     @property
     def sizes(self) -> npt.NDArray[np.int64]:
         """(N, 3): height, width and channels of each image."""
+
+    @property
+    def common(self) -> tuple[int, int, int] | None:
+        """Height, width and channels of every image; None where they differ."""
 
     def __len__(self) -> int: ...
     def crop_mirror_normalize(
@@ -39,3 +44,13 @@ class ImageList:
 
 def read(images: Sequence[object], arrow: bool, function: str = ...) -> ImageList:
     """Find the memory of Pillow images, numpy arrays and CPU tensors; copy what cannot be read."""
+
+def normalize_small(
+    images: object,
+    normalization: object,
+    input_layout: object,
+    dtype: object,
+    memory_format: object,
+    out: object,
+) -> torch.Tensor | None:
+    """pixfuse.normalize without torch's dispatcher; None where a call is not plain and small."""

@@ -182,6 +182,7 @@ def _standardize_per_image_fake(
     input_layout: int,
     dtype: int,
     memory_format: int,
+    way: int = 0,
 ) -> torch.Tensor:
     nchw = view_as_nchw(images, input_layout)
     channels_last = resolve_channels_last(nchw, _key(MEMORY_FORMAT_CODES, memory_format))
@@ -192,7 +193,12 @@ def _standardize_per_image_fake(
 
 @torch.library.register_fake("pixfuse::standardize_per_image_out")
 def _standardize_per_image_out_fake(
-    images: torch.Tensor, per_channel: bool, floor: float, input_layout: int, out: torch.Tensor
+    images: torch.Tensor,
+    per_channel: bool,
+    floor: float,
+    input_layout: int,
+    out: torch.Tensor,
+    way: int = 0,
 ) -> None:
     return None
 

@@ -22,6 +22,7 @@ from pixfuse._checks import (
     share_memory,
 )
 from pixfuse._image_input import Images, read_images
+from pixfuse._images import normalize_small
 from pixfuse._library import (
     ELEMENT_CODES,
     MEMORY_FORMAT_CODES,
@@ -83,6 +84,10 @@ def normalize(
     Source:
         torchvision ``transforms.v2``; the table of roundings in :class:`pixfuse.Normalization`.
     """
+    if not torch.compiler.is_compiling():
+        result = normalize_small(images, normalization, input_layout, dtype, memory_format, out)
+        if result is not None:
+            return result
     images, layout_code = check_images("normalize", images, input_layout)
     _check_normalization(images, normalization, input_layout)
     dtype_code = check_dtype("normalize", dtype)

@@ -20,7 +20,7 @@ from pixfuse._checks import (
     check_out,
     share_memory,
 )
-from pixfuse._image_input import read_list
+from pixfuse._image_input import _pillow_exports_memory, read_list
 from pixfuse._library import DTYPE_CODES, LAYOUT_CODES, nhwc_shape
 from pixfuse.normalization import Normalization, least_std_of
 
@@ -359,7 +359,7 @@ def count_each(
 
 
 def count_one(image: Any) -> np.ndarray:
-    """The histogram of an image on the CPU, as of a list: int64 (1, C, 256)."""
-    counts = count_each("channel_histogram", [image], "NCHW")
-    assert counts is not None
-    return counts
+    """The histogram of a Pillow image, as of a list of it: int64 (1, C, 256)."""
+    # Nothing to compare its channels with, so none of the steps of a list.
+    memory = _images.read((image,), _pillow_exports_memory(), "channel_histogram")
+    return memory.channel_histogram(each=True)

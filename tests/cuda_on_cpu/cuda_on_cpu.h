@@ -74,7 +74,8 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
     const Call& call = *static_cast<const Call*>(erased);
     std::apply(call.kernel, call.arguments);
   };
-  return run_grid({run_thread, &call, sizeof call}, grid, block, shared_bytes);
+  return run_grid({run_thread, &call, sizeof call, reinterpret_cast<const void*>(kernel)}, grid,
+                  block, shared_bytes);
 }
 
 }  // namespace cuda_on_cpu
@@ -279,6 +280,12 @@ inline float __uint_as_float(unsigned a) { return ::cuda_on_cpu::same_bits<float
 inline int __popc(unsigned a) { return __builtin_popcount(a); }
 inline int __ffs(int a) { return __builtin_ffs(a); }
 inline int __clz(int a) { return a ? __builtin_clz(static_cast<unsigned>(a)) : 32; }
+
+// `c` plus the products of the four bytes of `a` with those of `b`.
+inline unsigned __dp4a(unsigned a, unsigned b, unsigned c) {
+  for (int i = 0; i < 4; ++i) c += (a >> (8 * i) & 0xffu) * (b >> (8 * i) & 0xffu);
+  return c;
+}
 
 // Bits [shift, shift + 32) of high:low, shift taken modulo 32.
 inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {

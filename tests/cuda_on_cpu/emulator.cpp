@@ -22,12 +22,13 @@
 namespace cuda_on_cpu {
 
 BuiltinVariables builtin_variables;
+Device device;
 void (*atomic_observer)(const void*, size_t, const void*) = nullptr;
 
 namespace {
 
 constexpr unsigned kMaxThreads = 1024;
-constexpr size_t kMaxSharedBytes = 48 * 1024;  // static and dynamic, without an opt-in
+constexpr size_t kMaxSharedBytes = 48 * 1024;  // static and dynamic, if nothing more is allowed
 
 // The order in which the threads of a block start, and resume after a barrier.
 enum class Order { forward, reverse, random };
@@ -121,6 +122,7 @@ bool contains(const void* begin, size_t bytes, const void* address) {
 class Emulator {
  public:
   cudaError_t run_grid(const Kernel& kernel, dim3 grid, dim3 block, size_t shared_bytes);
+  cudaError_t allow_shared_memory(const void* function, size_t dynamic_bytes);
   void block_barrier(SourceLocation where);
   const LaneValues& exchange_in_warp(unsigned mask, const void* value, size_t bytes,
                                      SourceLocation where);
@@ -135,7 +137,7 @@ class Emulator {
 
  private:
   static void run_threads();
-  static cudaError_t check_launch(dim3 grid, dim3 block, size_t shared_bytes);
+  cudaError_t check_launch(const Kernel& kernel, dim3 grid, dim3 block, size_t shared_bytes) const;
 
   void begin_launch(const Kernel& kernel, dim3 grid, dim3 block, size_t shared_bytes);
   void run_block(uint3 block_index);
@@ -158,6 +160,7 @@ class Emulator {
   std::byte* stacks_ = nullptr;
 
   Kernel kernel_{};
+  std::map<const void*, size_t> allowed_shared_bytes_;  // of kernels, dynamic
   unsigned thread_count_ = 0;
   std::vector<unsigned> start_order_;
   void* dynamic_shared_ = nullptr;
@@ -177,18 +180,32 @@ class Emulator {
 
 Emulator emulator;
 
-cudaError_t Emulator::check_launch(dim3 grid, dim3 block, size_t shared_bytes) {
+cudaError_t Emulator::allow_shared_memory(const void* function, size_t dynamic_bytes) {
+  if (largest_static_shared_bytes() + dynamic_bytes > static_cast<size_t>(device.shared_bytes)) {
+    return cudaErrorInvalidValue;
+  }
+  allowed_shared_bytes_[function] = dynamic_bytes;
+  return cudaSuccess;
+}
+
+cudaError_t Emulator::check_launch(const Kernel& kernel, dim3 grid, dim3 block,
+                                   size_t shared_bytes) const {
   const auto none = [](dim3 size) { return size.x == 0 || size.y == 0 || size.z == 0; };
   const bool grid_fits = grid.x <= 0x7fffffffu && grid.y <= 65535 && grid.z <= 65535;
   const bool block_fits = block.x <= 1024 && block.y <= 1024 && block.z <= 64 &&
                           uint64_t{block.x} * block.y * block.z <= kMaxThreads;
   if (none(grid) || none(block) || !grid_fits || !block_fits) return cudaErrorInvalidConfiguration;
-  if (largest_static_shared_bytes() + shared_bytes > kMaxSharedBytes) return cudaErrorInvalidValue;
+  if (largest_static_shared_bytes() + shared_bytes > kMaxSharedBytes) {
+    const auto allowed = allowed_shared_bytes_.find(kernel.function);
+    if (allowed == allowed_shared_bytes_.end() || shared_bytes > allowed->second) {
+      return cudaErrorInvalidValue;
+    }
+  }
   return cudaSuccess;
 }
 
 cudaError_t Emulator::run_grid(const Kernel& kernel, dim3 grid, dim3 block, size_t shared_bytes) {
-  const cudaError_t error = check_launch(grid, block, shared_bytes);
+  const cudaError_t error = check_launch(kernel, grid, block, shared_bytes);
   if (error != cudaSuccess) return error;
   begin_launch(kernel, grid, block, shared_bytes);
   uint3 index;
@@ -449,6 +466,10 @@ void Emulator::fail_stuck(const char* what) const {
 
 cudaError_t run_grid(const Kernel& kernel, dim3 grid, dim3 block, size_t shared_bytes) {
   return emulator.run_grid(kernel, grid, block, shared_bytes);
+}
+
+cudaError_t allow_shared_memory(const void* function, size_t dynamic_bytes) {
+  return emulator.allow_shared_memory(function, dynamic_bytes);
 }
 
 void* dynamic_shared_memory() { return emulator.dynamic_shared(); }

@@ -37,7 +37,19 @@ struct Kernel {
   void (*call)(const void* arguments);
   const void* arguments;
   size_t argument_bytes;
+  const void* function;  // which one it is
 };
+
+// What the emulated device has; a test may change it.
+struct Device {
+  int64_t shared_bytes = 64 * 1024;  // of a block, for a kernel that asks for more than 48 KiB
+  int64_t multiprocessors = 4;
+};
+extern Device device;
+
+// Lets launches of a kernel have up to so many bytes of dynamic shared memory, as
+// cudaFuncAttributeMaxDynamicSharedMemorySize does.
+cudaError_t allow_shared_memory(const void* function, size_t dynamic_bytes);
 
 // Runs the grid to its end. Errors of the launch are those of CUDA; an error of the kernel (a
 // divergent barrier, a shuffle from a lane outside the mask) prints where it happened and aborts.

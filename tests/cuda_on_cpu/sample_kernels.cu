@@ -213,3 +213,7 @@ int rank_threads(unsigned* ranks, unsigned* counter, unsigned count) {
 int launch_without_work(unsigned grid, unsigned block, size_t shared_bytes) {
   return launch(nothing_kernel, grid, block, shared_bytes, nullptr);
 }
+
+int allow_without_work(size_t shared_bytes) {
+  return pixfuse::allow_shared_memory(nothing_kernel, static_cast<int64_t>(shared_bytes));
+}

@@ -33,3 +33,4 @@ int count_bytes(const uint8_t* input, unsigned* counts, int count, Bug bug);
 int warp_functions(int* results, Bug bug);
 int rank_threads(unsigned* ranks, unsigned* counter, unsigned count);
 int launch_without_work(unsigned grid, unsigned block, size_t shared_bytes);
+int allow_without_work(size_t shared_bytes);

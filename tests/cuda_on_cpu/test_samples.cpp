@@ -122,12 +122,24 @@ void test_launch_limits(Bug) {
   expect(launch_without_work(0, 32, 0) == cudaErrorInvalidConfiguration, "empty grid");
   expect(launch_without_work(1, 1025, 0) == cudaErrorInvalidConfiguration, "large block");
   expect(launch_without_work(1, 32, kLargest + 1) == cudaErrorInvalidValue, "shared memory");
+
+  // More for the kernel that it is allowed to, up to what the device has.
+  cuda_on_cpu::device.shared_bytes = 100 * 1024;
+  constexpr size_t kAllowed = 100 * 1024 - kStatic;
+  expect(allow_without_work(kAllowed + 1) == cudaErrorInvalidValue, "more than the device has");
+  expect(launch_without_work(1, 32, kLargest + 1) == cudaErrorInvalidValue, "not yet allowed");
+  expect(allow_without_work(kAllowed) == cudaSuccess, "all that the device has");
+  expect(launch_without_work(1, 32, kAllowed) == cudaSuccess, "largest launch when allowed");
+  expect(launch_without_work(1, 32, kAllowed + 1) == cudaErrorInvalidValue, "more than allowed");
+  expect(reverse_rows(nullptr, nullptr, 0, kLargest / 4 + 1, Bug::none) == cudaErrorInvalidValue,
+         "another kernel than the one that it is allowed to");
 }
 
 void test_intrinsics(Bug) {
   expect(__byte_perm(0x33221100u, 0x77665544u, 0x5140u) == 0x55114400u, "__byte_perm");
   expect(__byte_perm(0x000000f0u, 0, 0x4448u) == 0x000000ffu, "__byte_perm sign");
   expect(__funnelshift_r(0xaaaa1111u, 0x2222bbbbu, 16) == 0xbbbbaaaau, "__funnelshift_r");
+  expect(__dp4a(0x01ff02ffu, 0x0102ff03u, 5u) == 5 + 1 + 510 + 510 + 765, "__dp4a");
   expect(__funnelshift_r(7, 9, 32) == 7, "__funnelshift_r modulo 32");
   expect(min(3, 5u) == 3u && max(2.0f, NAN) == 2.0f && max(-1, int64_t{4}) == 4, "min and max");
   expect(__clz(1) == 31 && __clz(0) == 32 && __ffs(8) == 4 && __popc(0xf0u) == 4, "bit counts");

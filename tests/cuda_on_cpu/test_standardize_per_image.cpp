@@ -1,10 +1,12 @@
-// The CUDA kernel of `standardize_per_image` against plain scalar arithmetic in more digits, over
-// exactly sized buffers. The sums that it starts from are computed here.
+// The CUDA kernels of `standardize_per_image` against plain scalar arithmetic in more digits, over
+// exactly sized buffers: each call goes both ways, unless it does not fit shared memory. The sums
+// that the way of two kernels starts from are computed here.
 //
 //   test_standardize_per_image shapes   sizes, strides, channel counts, types, floors
 //   test_standardize_per_image far      offsets beyond 2^32, in memory that is mostly not there
 //   test_standardize_per_image large    millions of values, all but one equal
-//   test_standardize_per_image few      a little of the first, for the race checker
+//   test_standardize_per_image limits   what just fits shared memory and what just does not; the
+//   rule test_standardize_per_image few      a little of the first, for the race checker
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -17,6 +19,7 @@
 #include <string_view>
 #include <vector>
 
+#include "common/cuda_launch.h"
 #include "image_moments/image_moments.h"
 #include "standardize_per_image/standardize_per_image.h"
 
@@ -37,12 +40,14 @@ int pixfuse::image_moments_cuda(const ImageMomentsArgs& args, void*) {
 namespace {
 
 using pixfuse::ElementType;
+using pixfuse::StandardizeArgs;
+using pixfuse::StandardizeWay;
 constexpr int N = 0, C = 1, H = 2, W = 3;
 using Four = std::array<int64_t, 4>;
 constexpr ElementType kTypes[] = {ElementType::float32, ElementType::float16,
                                   ElementType::bfloat16};
 
-int64_t calls = 0, failures = 0;
+int64_t calls = 0, in_one_pass = 0, failures = 0;
 
 int64_t extent(const Four& sizes, const Four& strides) {
   int64_t last = 0;
@@ -126,8 +131,8 @@ Moments moments_of(const Case& test, const uint8_t* image, int64_t first, int64_
   return {mean, std::max(sqrtl(squares / n), floor)};
 }
 
-void check(const Case& test, const uint8_t* images, uint8_t* output) {
-  pixfuse::StandardizeArgs args{};
+StandardizeArgs args_of(const Case& test, const uint8_t* images, uint8_t* output) {
+  StandardizeArgs args{};
   args.images = images;
   args.output = output;
   std::copy(test.sizes.begin(), test.sizes.end(), args.sizes);
@@ -136,10 +141,20 @@ void check(const Case& test, const uint8_t* images, uint8_t* output) {
   args.dtype = test.type;
   args.per_channel = test.per_channel;
   args.floor = test.floor;
-  std::vector<int64_t> sums(static_cast<size_t>(test.sizes[N] * test.sizes[C])), squares = sums;
-  args.sums = sums.data();
-  args.squares = squares.data();
+  return args;
+}
+
+// Whether the emulated device can take it in one pass.
+bool fits(const StandardizeArgs& args) {
+  auto way = StandardizeWay::one_pass;
+  return pixfuse::choose_standardize_way(args, way) == cudaSuccess;
+}
+
+void check_one_way(const Case& test, StandardizeArgs args) {
+  const uint8_t* images = args.images;
+  auto* output = static_cast<uint8_t*>(args.output);
   ++calls;
+  in_one_pass += args.sums == nullptr;
   const int error = pixfuse::standardize_per_image_cuda(args, nullptr);
   if (error != 0) return fail(test, "CUDA error " + std::to_string(error));
   const int64_t bytes = pixfuse::element_bytes(test.type);
@@ -159,7 +174,21 @@ void check(const Case& test, const uint8_t* images, uint8_t* output) {
           wrong += stored != bits_of(value, test.type);
         }
     }
-  if (wrong != 0) fail(test, std::to_string(wrong) + " elements differ");
+  if (wrong != 0) {
+    fail(test, std::to_string(wrong) + " elements differ" + (args.sums ? "" : ", in one pass"));
+  }
+}
+
+void check(const Case& test, const uint8_t* images, uint8_t* output) {
+  StandardizeArgs args = args_of(test, images, output);
+  if (fits(args)) check_one_way(test, args);
+  const auto bytes =
+      static_cast<size_t>(extent(test.sizes, test.output_strides)) * element_bytes(test.type);
+  if (bytes < 1 << 20) std::memset(output, 0xff, bytes);  // nothing of the first way is left
+  std::vector<int64_t> sums(static_cast<size_t>(test.sizes[N] * test.sizes[C])), squares = sums;
+  args.sums = sums.data();
+  args.squares = squares.data();
+  check_one_way(test, args);
 }
 
 void check(const Case& test) {
@@ -188,7 +217,14 @@ void test_sizes(const std::vector<int64_t>& widths, const std::vector<int64_t>& 
         for (const bool per_channel : {false, true}) {
           const Four s = {n, c, 3, w};
           const Four inputs[] = {
-              planar(s), interleaved(s), planar(s, 5), {0, 3 * w, w, 1}, {1, n * 3 * w, n * w, n}};
+              planar(s),
+              interleaved(s),
+              planar(s, 5),
+              {0, 3 * w, w, 1},                              // one image, repeated
+              {1, n * 3 * w, n * w, n},                      // images by turns
+              {3 * w * (c + 1) + 7, 1, w * (c + 1), c + 1},  // some of the channels
+              {3 * w, 0, w, 1},                              // one channel, repeated
+          };
           for (const Four& input : inputs)
             for (const Four& output : {planar(s), interleaved(s)}) {
               constexpr double kFloors[] = {0.0, 0.25, 90.0};
@@ -240,25 +276,98 @@ void test_large() {
   }
 }
 
+// What a block of the kernel declares: its sums of 32 warps and its constants of 32 channels.
+constexpr int64_t kDeclaredBytes = 32 * 2 * 8 + 32 * 3 * 8;
+
+void expect(bool right, const Case& test, const char* what) {
+  ++calls;
+  if (!right) fail(test, what);
+}
+
+// Of the layouts that have one run, with the shared memory that their bytes need: 30 more, rounded
+// down to 16, as a run may start anywhere between two boundaries.
+void test_limits() {
+  constexpr int64_t kDevices[] = {64 << 10, 99 << 10, 163 << 10, 227 << 10};
+  for (const int64_t shared_bytes : kDevices) {
+    cuda_on_cpu::device = {shared_bytes, 8};
+    constexpr int64_t kTableBytes = 256 * 2;
+    const int64_t most = (shared_bytes - kDeclaredBytes - kTableBytes) / 16 * 16 - 16 + 1;
+    for (const int64_t values : {most, most + 1}) {
+      const Four s = {1, 1, 1, values};
+      const Case test{"limit", s, planar(s), planar(s), ElementType::bfloat16, true, 0.0};
+      expect(fits(args_of(test, nullptr, nullptr)) == (values == most), test, "what fits");
+      check(test);
+    }
+    // Three planes, of which each fits and all together do not.
+    const Four s = {2, 3, 1, most / 2};
+    for (const bool per_channel : {false, true})
+      for (const bool interleaved_output : {false, true}) {
+        const Case test{"planes",
+                        s,
+                        planar(s),
+                        interleaved_output ? interleaved(s) : planar(s),
+                        ElementType::float16,
+                        per_channel,
+                        0.0};
+        expect(fits(args_of(test, nullptr, nullptr)) == (per_channel && !interleaved_output), test,
+               "which planes fit");
+        check(test);
+      }
+  }
+  // As many channels as a block has constants for, and one more, unless each is a plane.
+  cuda_on_cpu::device = {227 << 10, 8};
+  for (const int64_t channels : {32, 33}) {
+    for (const bool per_channel : {false, true}) {
+      const Four s = {1, channels, 3, 5};
+      const Case test{"channels", s, planar(s), planar(s), ElementType::float32, per_channel, 0.0};
+      expect(fits(args_of(test, nullptr, nullptr)) == (channels == 32 || per_channel), test,
+             "how many channels fit");
+      check(test);
+    }
+  }
+  // The rule: a large image for every fourth multiprocessor; small ones in any number.
+  for (const int64_t multiprocessors : {1, 8, 9, 132})
+    for (const int64_t images : {1, 2, 3, 33})
+      for (const int64_t values : {31 * 1024 - 15, 31 * 1024, 300'000}) {
+        cuda_on_cpu::device = {227 << 10, multiprocessors};
+        const Four s = {images, 1, 1, values};
+        const Case test{"rule", s, planar(s), planar(s), ElementType::float32, false, 0.0};
+        auto way = StandardizeWay::by_rule;
+        const StandardizeArgs args = args_of(test, nullptr, nullptr);
+        expect(pixfuse::choose_standardize_way(args, way) == cudaSuccess, test, "the rule fails");
+        const bool fits_memory = values < 227 << 10, is_small = values < 31 * 1024;
+        const bool wanted = fits_memory && (is_small || 4 * images >= multiprocessors);
+        expect((way == StandardizeWay::one_pass) == wanted, test, "what the rule says");
+        way = StandardizeWay::two_kernels;
+        expect(pixfuse::choose_standardize_way(args, way) == cudaSuccess &&
+                   way == StandardizeWay::two_kernels,
+               test, "two kernels are always possible");
+      }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   const std::string_view which = argc == 2 ? argv[1] : "";
+  cuda_on_cpu::device = {227 << 10, 132};
   if (which == "shapes") {
     test_sizes({0, 1, 2, 7, 16, 17, 85, 257}, {1, 2, 3, 4, 33});
-    test_sizes({1500}, {1, 3});  // several blocks of threads to an image
+    test_sizes({1500}, {1, 3});  // several blocks of threads to an image, or many
+    test_sizes({5000}, {3});     // a block with as many threads as there can be
   } else if (which == "far") {
     test_far();
   } else if (which == "large") {
     test_large();
+  } else if (which == "limits") {
+    test_limits();
   } else if (which == "few") {
     test_sizes({1, 17}, {1, 3, 33});
     test_sizes({1500}, {3});
   } else {
-    std::fprintf(stderr, "usage: test_standardize_per_image shapes|far|large|few\n");
+    std::fprintf(stderr, "usage: test_standardize_per_image shapes|far|large|limits|few\n");
     return 2;
   }
-  std::printf("%lld calls, %lld wrong\n", static_cast<long long>(calls),
-              static_cast<long long>(failures));
+  std::printf("%lld calls, %lld in one pass, %lld wrong\n", static_cast<long long>(calls),
+              static_cast<long long>(in_one_pass), static_cast<long long>(failures));
   return failures == 0 ? 0 : 1;
 }

@@ -224,6 +224,7 @@ bool run(const Case& test) {
   turn(args.image_strides, test.turns);
   set_strides(args.output_strides, test.sizes, test.output);
   args.dtype = test.dtype;
+  args.past_caches = next_byte() % 2 == 0;
   std::vector<double> mean, std;
   for (int64_t c = 0; c < channels; ++c) {
     mean.push_back(0.485 - 0.07 * static_cast<double>(c));
@@ -403,7 +404,8 @@ constexpr Rounding kRoundings[] = {Rounding::torchvision, Rounding::torchvision_
                                    Rounding::transformers, Rounding::nearest};
 
 bool run_loops_on(Isa isa, int64_t& cases) {
-  constexpr int64_t kWidths[] = {1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 129, 1025};
+  constexpr int64_t kWidths[] = {1,  2,  3,  7,  8,  15, 16,  17,  31,  32,
+                                 33, 48, 63, 64, 65, 96, 127, 129, 528, 1025};
   for (ElementType dtype : kTypes)
     for (int64_t channels : {1, 2, 3, 4, 5, 16, 17})
       for (int64_t width : kWidths) {
