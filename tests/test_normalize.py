@@ -110,6 +110,19 @@ def test_the_default_is_the_unit_interval() -> None:
     assert expected.max() == 1.0
 
 
+# --- large results, which are stored past the caches where they are whole lines of these ---
+
+
+@pytest.mark.parametrize("width", [1040, 1033])
+@pytest.mark.parametrize("layout", ["nchw", "channels_last", "crop", "one_byte_more_per_pixel"])
+def test_results_beyond_the_caches(layout: str, width: int) -> None:
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        images = LAYOUTS[layout](3, 3, 720, width)
+        assert check(images, made_up(3, "torchvision")).nbytes > 24 << 20
+    check(images[..., 1:], pixfuse.CLIP)
+
+
 # --- shapes and layouts ---
 
 

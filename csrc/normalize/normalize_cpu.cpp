@@ -36,9 +36,6 @@ int32_t normalize_cpu(const NormalizeArgs& original, ParallelFor parallel_for) {
   for (int64_t size : job.args.sizes) {
     if (size == 0) return 0;
   }
-  const auto& all = original.sizes;
-  const int64_t bytes = all[0] * all[1] * all[2] * all[3] * element_bytes(original.dtype);
-  job.args.past_caches |= bytes >= kPastCachesBytes;
   merge_rows(job.args.sizes, job.args.image_strides, job.args.output_strides);
 
   const auto body = [](int64_t first, int64_t last, void* context) {
