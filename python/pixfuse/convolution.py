@@ -51,6 +51,12 @@ def conv_bias_relu(
     exact. The same bits for any number of threads; of up to 4 channels also for any batch size and
     layout. Between instruction sets the last bits may differ.
 
+    Bytes under large kernels (``kH * C`` of 20 or more and ``kW`` of twice the stride or more, as
+    in the first layers of ResNet and AlexNet) are summed up on the CPU by Winograd's algorithm
+    along the width, with half the multiplications. The error is then relative to the largest
+    magnitudes under 3 neighbouring outputs to each side, not under an output alone, and the last
+    bits are not those of normalized floats. A channel that no image can bring above 0 is 0 still.
+
     On CUDA, tensor cores multiply 16-bit weights, and float32 ones where torch allows TF32 for
     convolutions (``torch.backends.cudnn.conv.fp32_precision``, on unless you turn it off; under
     ``torch.compile``, what it was when it was compiled). Bytes become the dtype of ``weight``
@@ -97,7 +103,8 @@ def conv_bias_relu(
         torch.nn.functional.conv2d(input, weight, bias, stride, padding, dilation, groups).relu()
 
     Source:
-        ``torch.nn.functional.conv2d``, ``torch.nn.functional.relu``.
+        ``torch.nn.functional.conv2d``, ``torch.nn.functional.relu``; Lavin and Gray,
+        arXiv:1509.09308 (Winograd's algorithm).
     """
     if not isinstance(input, torch.Tensor):
         if not isinstance(input, np.ndarray):
