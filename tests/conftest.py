@@ -37,6 +37,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         group = worker_group(item)
         if group is not None:
             item.add_marker(pytest.mark.xdist_group(group))
+            # The first of them compiles, which takes minutes of a busy machine.
+            item.add_marker(pytest.mark.timeout(1800))
     if PROCESSES > 1:
         items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
 

@@ -7,6 +7,10 @@ import sys
 import time
 from pathlib import Path
 
+# How long to wait for what takes a moment on an idle machine. It is less than a test may take, so
+# that what never comes fails where it is waited for.
+PATIENCE_SECONDS = 200
+
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs code in a fresh interpreter with some environment variables changed."""
@@ -19,9 +23,9 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def wait_for(child: int, seconds: float = 60) -> int:
+def wait_for(child: int) -> int:
     """The exit code of a forked child, which is killed if it does not end."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < deadline:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
@@ -37,10 +41,10 @@ def torch_files() -> set[str]:
     return {path.name for path in Path("/dev/shm").glob("torch_*")}
 
 
-def torch_files_left(before: set[str], seconds: float = 10) -> set[str]:
+def torch_files_left(before: set[str]) -> set[str]:
     """What has stayed since then: other test processes make such files too, for moments."""
     left = torch_files() - before
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while left and time.monotonic() < deadline:
         time.sleep(0.005)
         left &= torch_files()

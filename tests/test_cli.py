@@ -24,7 +24,7 @@ import pixfuse
 from benchmarks.torchvision_import import import_torchvision
 from pixfuse import _image_files, _quick_bench, cli
 from pixfuse._image_files import ArrayPart, Reading
-from tests.processes import python
+from tests.processes import PATIENCE_SECONDS, python
 
 # Their files are made once.
 pytestmark = pytest.mark.xdist_group("cli")
@@ -77,8 +77,8 @@ def start(*arguments: object, ranks: int = 1) -> subprocess.Popen[str]:
     )
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
+def wait_until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -385,7 +385,7 @@ def test_ctrl_c_and_resume(many: Path, finished: bytes, tmp_path: Path) -> None:
     process = start(*command)
     wait_until(output.exists)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of its processes
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 130, errors
     assert "add --resume to go on" in errors
     assert "Traceback" not in errors
@@ -454,7 +454,7 @@ def test_a_worker_that_dies(many: Path, finished: bytes, tmp_path: Path) -> None
     children = {child: descendants(child) for child in descendants(process.pid)}
     worker = next(below[0] for below in children.values() if below)
     os.kill(worker, signal.SIGKILL)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == cli.FAILED
     assert "expected the workers to live, got one that died" in errors
     stats(many, "--folds", 3, "--output", output, "--resume")
@@ -501,7 +501,7 @@ def test_ranks_leave_the_same_file(many: Path, finished: bytes, tmp_path: Path, 
     output = tmp_path / "stats.json"
     process = start("stats", many, "--folds", 3, "--output", output, "--workers", 0, "--json",
                     ranks=ranks)  # fmt: skip
-    out, errors = process.communicate(timeout=200)
+    out, errors = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 0, errors
     assert json.loads(out)["images"] == 400  # one rank speaks
     assert output.read_bytes() == finished
@@ -515,7 +515,7 @@ def test_interrupted_ranks(many: Path, finished: bytes, tmp_path: Path) -> None:
     files = [tmp_path / f"stats.json.rank{rank}" for rank in range(2)]
     wait_until(lambda: all(path.exists() for path in files))
     os.killpg(process.pid, signal.SIGINT)
-    process.communicate(timeout=100)
+    process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode != 0
     counted = [pixfuse.ChannelStatistics.load(path).images for path in files]
     assert 0 < sum(counted) < 400

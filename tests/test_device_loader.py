@@ -25,7 +25,7 @@ from tests import gpu_model
 from tests.bits import assert_same_bits
 from tests.images import random_bytes
 from tests.normalizations import DTYPES
-from tests.processes import python
+from tests.processes import PATIENCE_SECONDS, python
 
 THREAD = "pixfuse.DeviceLoader"
 
@@ -34,8 +34,8 @@ def threads_running() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith(THREAD)]
 
 
-def eventually(condition: Callable[[], bool], seconds: float = 10) -> bool:
-    deadline = time.monotonic() + seconds
+def eventually(condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < deadline:
         if condition():
             return True
@@ -457,7 +457,7 @@ def test_an_error_leaves_nothing_to_a_garbage_collection(prefetch: int, where: s
     try:
         assert use_all() == ("BrokenError" if where == "loader" else "ValueError")
         assert closed == [True]
-        assert eventually(lambda: threads_running() == [], seconds=5)
+        assert eventually(lambda: threads_running() == [])
     finally:
         gc.enable()
 

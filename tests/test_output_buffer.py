@@ -328,7 +328,7 @@ def test_a_fork_in_the_middle_of_a_change() -> None:
                         code = 0 if torch.equal(pixfuse.normalize(images), expected) else 3
                     finally:
                         os._exit(code)
-                assert wait_for(child, 20) == 0
+                assert wait_for(child) == 0
         finally:
             stop.set()
         for finished in working:

@@ -200,7 +200,7 @@ def test_a_fork_while_another_thread_drops_a_batch() -> None:
         os._exit(0)
     forked.set()
     thread.join()
-    assert wait_for(child, seconds=20) == 0
+    assert wait_for(child) == 0
 
 
 def test_a_fork_of_the_consumer_gives_nothing_back() -> None:

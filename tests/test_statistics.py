@@ -26,6 +26,7 @@ import pixfuse
 from pixfuse import ChannelStatistics
 from pixfuse.statistics import _id_of, _square_root
 from tests.images import random_bytes
+from tests.processes import PATIENCE_SECONDS
 
 
 def dataset(count: int, channels: int = 3) -> list[torch.Tensor]:
@@ -490,7 +491,7 @@ def test_processes_add_up(tmp_path: Path) -> None:
             for rank in range(world)
         ]
         for rank, process in enumerate(processes):
-            _, errors = process.communicate(timeout=120)
+            _, errors = process.communicate(timeout=PATIENCE_SECONDS)
             assert process.returncode == 0, errors
             written = tmp_path / f"{world}-{rank}.json"
             assert written.read_bytes() == (tmp_path / "alone.json").read_bytes()
