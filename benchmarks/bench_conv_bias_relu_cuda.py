@@ -11,14 +11,12 @@ tries the program out where there is no GPU: its times mean nothing.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
+import functools
 import itertools
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +25,7 @@ from torch.nn.functional import conv2d
 import pixfuse
 from benchmarks import harness, report
 from benchmarks.bench_conv_bias_relu import LAYERS, Layer
-from benchmarks.bench_normalize_cuda import DEVICE_PLAN, TRY_OUT_PLAN, gpu
+from benchmarks.gpu.program import Record, console, device_plan, options_of
 from benchmarks.harness import Checked, Contestant, Tolerance, UnequalError
 from pixfuse._convolution_autograd import OUTPUT_DTYPE_CODES
 
@@ -38,8 +36,6 @@ FORMATS = (torch.channels_last, torch.contiguous_format)
 BATCH, TRY_OUT_BATCH = 64, 1
 #: Side of the matrices whose product says how fast this GPU multiplies.
 MATRIX_SIDE, TRY_OUT_MATRIX_SIDE = 8192, 256
-
-console = report.console()
 
 
 @dataclass(frozen=True)
@@ -218,7 +214,7 @@ class Limits:
 
     def __init__(self, device: str) -> None:
         side = MATRIX_SIDE if device == "cuda" else TRY_OUT_MATRIX_SIDE
-        plan = DEVICE_PLAN if device == "cuda" else TRY_OUT_PLAN
+        plan = device_plan(device)
         words = torch.empty(side * side, dtype=torch.int64, device=device).random_()
         source = words.view(torch.uint8)
         target = torch.empty_like(source)
@@ -243,24 +239,17 @@ class Limits:
         )
 
 
-def check(contestant: Contestant, expected: torch.Tensor, problems: list[str]) -> list[Checked]:
-    """The checked contestant, or nobody: then the problem is noted and nothing is timed."""
-    try:
-        return [Checked(contestant, expected)]
-    except UnequalError as error:
-        problems.append(str(error))
-        console.print(f"not equal, so not timed: {error}", style="red", markup=False)
-        return []
-
-
-def measure(point: Point, limits: Limits, device: str, problems: list[str]) -> dict[str, Any]:
+def measure(point: Point, limits: Limits, record: Record) -> dict[str, Any]:
     """Check everybody, then time them."""
     torch.compiler.reset()
     with torch.no_grad(), tf32(point.precision.tf32):
-        candidates, expected = contestants(point, device)
-        checked = [c for one in candidates for c in check(one, expected, problems)]
-        plan = DEVICE_PLAN if device == "cuda" else TRY_OUT_PLAN
-        timings = harness.measure(checked, plan)
+        candidates, expected = contestants(point, record.options.device)
+        checked = [
+            checked
+            for one in candidates
+            for checked in record.checked(one.name, functools.partial(Checked, one, expected))
+        ]
+        timings = harness.measure(checked, device_plan(record.options.device))
     return {
         "layer": point.layer.name,
         "batch": point.layer.batch,
@@ -324,64 +313,34 @@ def claims(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def print_row(row: dict[str, Any]) -> None:
+def describe(row: dict[str, Any]) -> str:
     times = ", ".join(f"{name} {q[1]:.1f}" for name, q in row["us_per_call"].items())
-    console.print(
+    return (
         f"{row['layer']} {row['precision']} {row['memory_format']}: roofline "
-        f"{row['roofline_us']:.1f}, {times}",
-        highlight=False,
-        soft_wrap=True,
-        markup=False,
+        f"{row['roofline_us']:.1f}, {times}"
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--output", type=Path, default=harness.RESULTS / "conv_bias_relu_cuda.json")
-    parser.add_argument(
-        "--time-limit", type=float, default=300.0, help="seconds after which no point is begun"
-    )
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--quick", action="store_true", help="the first layers alone")
-    options = parser.parse_args(argv)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        print("torch sees no GPU; --device cpu tries this program out without one", file=sys.stderr)
+    options = options_of(__doc__, "conv_bias_relu_cuda.json", argv, quick="the first layers alone")
+    if options is None:
         return 1
-
-    started = time.perf_counter()
-    problems: list[str] = []
-    rows: list[dict[str, Any]] = []
     limits = Limits(options.device)
+    record = Record(
+        options,
+        "quartiles (25 %, median, 75 %) of one call in microseconds on the device alone; "
+        "max_error is the largest difference from the float64 reference",
+        PACKAGES,
+        claims,
+        copy_bytes_per_us=limits.bytes_per_us,
+        multiply_adds_per_us=limits.multiply_adds_per_us,
+    )
     every_point = list(points(BATCH if options.device == "cuda" else TRY_OUT_BATCH))
     if options.quick:
         every_point = every_point[: len(LAYERS)]
     console.print("us on the device")
-    for point in every_point:
-        if time.perf_counter() - started > options.time_limit:
-            break
-        rows.append(measure(point, limits, options.device, problems))
-        print_row(rows[-1])
-    found = claims(rows)
-    document = {
-        "about": "quartiles (25 %, median, 75 %) of one call in microseconds on the device alone; "
-        "max_error is the largest difference from the float64 reference",
-        **harness.environment(PACKAGES),
-        "gpu": gpu(),
-        "pixfuse": {key: pixfuse.info()[key] for key in ("isa", "cuda")},
-        "copy_bytes_per_us": limits.bytes_per_us,
-        "multiply_adds_per_us": limits.multiply_adds_per_us,
-        "unequal": problems,
-        "points_left_out_for_lack_of_time": len(every_point) - len(rows),
-        "claims": found,
-        "grid": rows,
-    }
-    harness.write_json(options.output, document)
-    report.print_claims(console, found)
-    seconds = time.perf_counter() - started
-    console.print(
-        f"{seconds:.0f} s, {len(rows)} of {len(every_point)} points, {len(problems)} unequal"
-    )
-    return 1 if problems else 0
+    record.measure(every_point, lambda point: measure(point, limits, record), describe)
+    return record.finish()
 
 
 if __name__ == "__main__":

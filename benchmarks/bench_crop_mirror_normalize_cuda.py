@@ -14,39 +14,27 @@ there is no GPU: its times mean nothing.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import itertools
 import random
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import pixfuse
-from benchmarks import harness, report
-from benchmarks.bench_normalize_cuda import (
-    DEVICE_PLAN,
-    PACKAGES,
-    PYTHON_PLAN,
-    TRY_OUT_PLAN,
-    checked_copy,
-    gpu,
-    sets_of_buffers,
-)
-from benchmarks.harness import Checked, Contestant, Rotated, UnequalError
+from benchmarks import report
+from benchmarks.bench_normalize_cuda import PACKAGES
+from benchmarks.gpu.program import Record, checked_copy, options_of, sets_of_buffers, times
+from benchmarks.harness import Checked, Contestant, Rotated
 from benchmarks.peers import DTYPE_NAMES, Case
 
 SIDE = 224
 PINNED_COPY = "pinned copy, then pixfuse.normalize"
 PINNED_READ = "normalize_pinned"
 IMAGE_BY_IMAGE = "torch, image by image"
-
-console = report.console()
 
 
 @dataclass(frozen=True)
@@ -206,73 +194,49 @@ def claims(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument(
-        "--output", type=Path, default=harness.RESULTS / "crop_mirror_normalize_cuda.json"
-    )
-    parser.add_argument(
-        "--time-limit", type=float, default=120.0, help="seconds after which no point is begun"
-    )
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    options = parser.parse_args(argv)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        print("torch sees no GPU; --device cpu tries this program out without one", file=sys.stderr)
-        return 1
+Point = tuple[dict[str, Any], Callable[[], list[Checked]]]
 
-    started = time.perf_counter()
-    points: list[tuple[dict[str, Any], Callable[[], list[Checked]]]] = []
-    if options.device == "cuda":
+
+def points(device: str) -> list[Point]:
+    """Each as its description and what makes its contestants; the second question first."""
+    found: list[Point] = []
+    if device == "cuda":
         for batch, dtype in itertools.product((64, 256, 8), (torch.float32, torch.bfloat16)):
             case = Case(batch, SIDE, SIDE, dtype=dtype, device="cuda", recycled=False)
-            points.append(
-                (
-                    {"question": "pinned", **case.described()},
-                    functools.partial(pinned_contestants, case),
-                )
-            )
+            described = {"question": "pinned", **case.described()}
+            found.append((described, functools.partial(pinned_contestants, case)))
     for batch, ragged, interleaved, dtype in itertools.product(
         (64, 256, 8), (True, False), (True, False), (torch.float32, torch.bfloat16, torch.uint8)
     ):
-        crops = Crops(batch, ragged, interleaved, dtype, options.device)
-        points.append((crops.described(), functools.partial(crop_contestants, crops)))
+        crops = Crops(batch, ragged, interleaved, dtype, device)
+        found.append((crops.described(), functools.partial(crop_contestants, crops)))
+    return found
 
-    rows: list[dict[str, Any]] = []
-    problems: list[str] = []
-    for described, contestants in points:
-        if time.perf_counter() - started > options.time_limit:
-            break
-        try:
-            checked = contestants()
-        except UnequalError as error:
-            problems.append(str(error))
-            console.print(f"not equal, so not timed: {error}", style="red", markup=False)
-            continue
-        plans = {"us_per_call": TRY_OUT_PLAN}
-        if options.device == "cuda":
-            plans = {"us_per_call": DEVICE_PLAN, "us_per_call_from_python": PYTHON_PLAN}
-        row: dict[str, Any] = dict(described)
-        for key, plan in plans.items():
-            row[key] = {t.name: t.quartiles_us() for t in harness.measure(checked, plan)}
-        rows.append(row)
-        times = ", ".join(f"{name} {q[1]:.1f}" for name, q in row["us_per_call"].items())
-        console.print(f"{' '.join(map(str, described.values()))}: {times} us", soft_wrap=True)
 
-    found = claims(rows)
-    document = {
-        "about": "quartiles (25 %, median, 75 %) of one call in microseconds: us_per_call on the "
-        "device alone, us_per_call_from_python as a loop in Python sees it",
-        **harness.environment(PACKAGES),
-        "gpu": gpu(),
-        "pixfuse": {key: pixfuse.info()[key] for key in ("isa", "cuda")},
-        "unequal": problems,
-        "points_left_out_for_lack_of_time": len(points) - len(rows) - len(problems),
-        "claims": found,
-        "grid": rows,
-    }
-    harness.write_json(options.output, document)
-    report.print_claims(console, found)
-    return 1 if problems else 0
+def describe(row: dict[str, Any]) -> str:
+    times = ", ".join(f"{name} {q[1]:.1f}" for name, q in row["us_per_call"].items())
+    about = (str(value) for value in row.values() if not isinstance(value, dict))
+    return f"{' '.join(about)}: {times} us"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = options_of(__doc__, "crop_mirror_normalize_cuda.json", argv, time_limit=120.0)
+    if options is None:
+        return 1
+    record = Record(
+        options,
+        "quartiles (25 %, median, 75 %) of one call in microseconds: us_per_call on the device "
+        "alone, us_per_call_from_python as a loop in Python sees it",
+        PACKAGES,
+        claims,
+    )
+
+    def measure(point: Point) -> dict[str, Any]:
+        described, contestants = point
+        return {**described, **times(contestants(), options.device)}
+
+    record.measure(points(options.device), measure, describe)
+    return record.finish()
 
 
 if __name__ == "__main__":

@@ -10,21 +10,24 @@ there is no GPU: its times mean nothing.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import itertools
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
-import pixfuse
-from benchmarks import harness, peers, report
-from benchmarks.harness import Checked, Contestant, Plan, Rotated, UnequalError
+from benchmarks import peers, report
+from benchmarks.gpu.program import (
+    Record,
+    checked_copy,
+    console,
+    options_of,
+    sets_of_buffers,
+    times,
+)
+from benchmarks.harness import Checked, Contestant, Rotated
 from benchmarks.peers import Batch, Case, Peer
 
 HEADLINE = Case(batch=64, height=224, width=224, device="cuda")
@@ -32,17 +35,6 @@ HEADLINE = Case(batch=64, height=224, width=224, device="cuda")
 LARGE_SHAPES = ((64, 224), (256, 224), (64, 512))
 SMALL_SHAPES = ((8, 224), (1, 224), (1, 32))
 PACKAGES = ("pixfuse", "torch", "torchvision", "triton", "numpy")
-DEVICE_PLAN = Plan(
-    rounds=9,
-    sample_seconds=1e-3,
-    budget_seconds=1.5,
-    most_calls=64,
-    clock=harness.device_clock,
-)
-PYTHON_PLAN = replace(DEVICE_PLAN, rounds=5, budget_seconds=0.5, clock=harness.synchronized_clock)
-TRY_OUT_PLAN = Plan(rounds=3, sample_seconds=1e-3, budget_seconds=0.2)
-
-console = report.console()
 
 
 class TritonKernel(Peer):
@@ -103,26 +95,20 @@ def compiled_here(case: Case) -> bool:
     )
 
 
-def sets_of_buffers(case: Case) -> int:
-    """How many batches are needed to leave the cache, four times over; at least two."""
-    if case.device == "cpu":
-        return 2
-    cache_bytes = torch.cuda.get_device_properties(case.device).L2_cache_size
-    return min(64, max(2, -(-4 * cache_bytes // case.traffic_bytes)))
-
-
-def checked_copy(case: Case, sets: int) -> Checked:
-    """Device to device, with as many bytes read and written in all as the operator moves."""
-    words = (case.traffic_bytes // 2 + 7) // 8
-    turns = []
-    for _ in range(sets):
-        numbers = torch.empty(words, dtype=torch.int64, device=case.device).random_()
-        source = numbers.view(torch.uint8)
-        target = torch.empty_like(source)
-        copy = functools.partial(target.copy_, source)
-        contestant = Contestant(report.COPY, copy, output="recycled", target=target)
-        turns.append(Checked(contestant, source))
-    return Rotated(turns)
+def rotated(
+    peer: Peer,
+    case: Case,
+    batches: Sequence[Batch],
+    outs: Sequence[torch.Tensor | None],
+    expected: Sequence[torch.Tensor],
+) -> Rotated:
+    """A peer on all sets of buffers, its results checked."""
+    return Rotated(
+        [
+            Checked(peer.contestant(case, batch, out), wanted)
+            for batch, out, wanted in zip(batches, outs, expected, strict=True)
+        ]
+    )
 
 
 class Run:
@@ -139,7 +125,7 @@ class Run:
         reasons = {peer.name: peer.unavailable() for peer in everybody}
         self.everybody = [peer for peer in everybody if reasons[peer.name] is None]
         self.unavailable = {name: reason for name, reason in reasons.items() if reason}
-        self.problems: list[str] = []
+        self.record: Record
 
     def point(self, case: Case) -> dict[str, Any]:
         """Check everybody on every set of buffers, then time them."""
@@ -153,24 +139,11 @@ class Run:
             skipped = isinstance(peer, peers.TorchCompile) and not compiled_here(case)
             if skipped or peer.refusal(case) is not None:
                 continue
-            try:
-                turns = [
-                    Checked(peer.contestant(case, batch, out), wanted)
-                    for batch, out, wanted in zip(batches, outs, expected, strict=True)
-                ]
-            except UnequalError as error:
-                self.problems.append(str(error))
-                console.print(f"not equal, so not timed: {error}", style="red", markup=False)
-                continue
-            checked.append(Rotated(turns))
+            checked += self.record.checked(
+                peer.name, functools.partial(rotated, peer, case, batches, outs, expected)
+            )
         checked.append(checked_copy(case, sets))
-        row = {**case.described(), "sets_of_buffers": sets}
-        if case.device == "cpu":
-            plans = {"us_per_call": TRY_OUT_PLAN}
-        else:
-            plans = {"us_per_call": DEVICE_PLAN, "us_per_call_from_python": PYTHON_PLAN}
-        for key, plan in plans.items():
-            row[key] = {t.name: t.quartiles_us() for t in harness.measure(checked, plan)}
+        row = {**case.described(), "sets_of_buffers": sets, **times(checked, case.device)}
         row["max_error"] = {c.contestant.name: c.max_error for c in checked if c.max_error}
         return row
 
@@ -223,79 +196,33 @@ def claims(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def gpu() -> dict[str, Any]:
-    """The GPU as the driver describes it."""
-    if not torch.cuda.is_available():
-        return {}
-    properties = torch.cuda.get_device_properties(0)
-    return {
-        "name": properties.name,
-        "compute_capability": f"{properties.major}.{properties.minor}",
-        "multiprocessors": properties.multi_processor_count,
-        "memory_gib": round(properties.total_memory / 2**30, 1),
-        "l2_cache_bytes": properties.L2_cache_size,
-        "cuda_of_torch": torch.version.cuda,
-        "driver": harness.output_of(
-            "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
-        ),
-    }
-
-
-def print_row(row: dict[str, Any]) -> None:
+def describe(row: dict[str, Any]) -> str:
     us = row["us_per_call"]
     copy = us[report.COPY][1]
     times = ", ".join(f"{name} {q[1]:.1f} ({copy / q[1]:.2f})" for name, q in us.items())
-    console.print(
+    return (
         f"{row['batch']}x{row['height']}² {row['input']}->{row['output']} {row['dtype']} "
-        f"{row['memory']}: {times}",
-        highlight=False,
-        soft_wrap=True,
+        f"{row['memory']}: {times}"
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--output", type=Path, default=harness.RESULTS / "normalize_cuda.json")
-    parser.add_argument(
-        "--time-limit", type=float, default=300.0, help="seconds after which no point is begun"
-    )
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    options = parser.parse_args(argv)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        print("torch sees no GPU; --device cpu tries this program out without one", file=sys.stderr)
+    options = options_of(__doc__, "normalize_cuda.json", argv)
+    if options is None:
         return 1
-
-    started = time.perf_counter()
     run = Run(options.device)
-    rows: list[dict[str, Any]] = []
-    cases = list(grid(options.device))
-    console.print("us on the device, and in brackets the share of the copy bandwidth")
-    for case in cases:
-        if time.perf_counter() - started > options.time_limit:
-            break
-        rows.append(run.point(case))
-        print_row(rows[-1])
-    found = claims(rows)
-    document = {
-        "about": "quartiles (25 %, median, 75 %) of one call in microseconds: us_per_call on the "
-        "device alone, us_per_call_from_python as a loop in Python sees it; max_error is the "
-        "largest difference from pixfuse.reference, where it is not 0",
-        **harness.environment(PACKAGES),
-        "gpu": gpu(),
-        "pixfuse": {key: pixfuse.info()[key] for key in ("isa", "cuda")},
-        "unavailable": run.unavailable,
-        "unequal": run.problems,
-        "points_left_out_for_lack_of_time": len(cases) - len(rows),
-        "claims": found,
-        "grid": rows,
-    }
-    harness.write_json(options.output, document)
-    report.print_claims(console, found)
-    seconds = time.perf_counter() - started
-    console.print(
-        f"{seconds:.0f} s, {len(rows)} of {len(cases)} points, {len(run.problems)} unequal results"
+    run.record = Record(
+        options,
+        "quartiles (25 %, median, 75 %) of one call in microseconds: us_per_call on the device "
+        "alone, us_per_call_from_python as a loop in Python sees it; max_error is the largest "
+        "difference from pixfuse.reference, where it is not 0",
+        PACKAGES,
+        claims,
+        unavailable=run.unavailable,
     )
-    return 1 if run.problems else 0
+    console.print("us on the device, and in brackets the share of the copy bandwidth")
+    run.record.measure(list(grid(options.device)), run.point, describe)
+    return run.record.finish()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Normalizations to test with."""
 
 import random
+import warnings
+from collections.abc import Sequence
 
 import torch
 
@@ -31,10 +33,19 @@ def made_up(channels: int, rounding: Rounding, seed: int = 0) -> pixfuse.Normali
     )
 
 
+def of_any_units(
+    mean: Sequence[float], std: Sequence[float], rounding: Rounding = "torchvision"
+) -> pixfuse.Normalization:
+    """Numbers that may look as if they were of 0 to 255, without the warning about them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Normalization: .* is in units of 0..255")
+        return pixfuse.Normalization(mean, std, rounding)
+
+
 def with_rounding(
     normalization: pixfuse.Normalization, rounding: Rounding
 ) -> pixfuse.Normalization:
-    return pixfuse.Normalization(normalization.mean, normalization.std, rounding)
+    return of_any_units(normalization.mean, normalization.std, rounding)
 
 
 # Where the arithmetic gets close to the ends of its range, or the sign of zero shows.

@@ -180,6 +180,22 @@ def test_one_pair_as_often_as_16_bits_count(isa: str, memory: str) -> None:
         check(mixed)
 
 
+@pytest.mark.parametrize("memory", ["planes", "RGB", "RGBX", "RGBA"])
+def test_pieces_of_one_color(isa: str, memory: str) -> None:
+    """Counted at once, but only where nothing in them differs."""
+    torch.set_num_threads(1)
+    for length in (1, 2, 100, 257, 1000, 70_000):
+        images = in_memory_as(memory, 1, 300, 401)
+        storage = images.untyped_storage()
+        torch.empty(0, dtype=torch.uint8).set_(storage).fill_(9)  # also what is not counted
+        color = torch.arange(300 * 401).view(300, 401) // length * 37
+        images[:] = (color + torch.arange(images.shape[1]).view(-1, 1, 1) * 11).to(torch.uint8)
+        check(images)
+        other = random_bytes(*images.shape) < 1  # one in 256
+        images[other] = 77
+        check(images)
+
+
 def test_tables_of_pairs_are_left_clear(isa: str) -> None:
     """They are used again: by any layout, and by several threads."""
     torch.set_num_threads(3)

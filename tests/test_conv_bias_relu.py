@@ -2,8 +2,11 @@
 
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +14,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.functional import conv2d, relu
+from torch.nn.functional import conv2d, max_pool2d, relu
 
 import pixfuse
 from pixfuse import _library
@@ -22,6 +25,8 @@ from tests.normalizations import ROUNDINGS, made_up
 
 # Of torch's own convolution.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+
+ROOT = Path(__file__).parent.parent
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMATS = (torch.contiguous_format, torch.channels_last)
@@ -88,6 +93,10 @@ class Truth:
         self.magnitude = conv2d(wide[0].abs(), wide[1].abs(), absolute_bias, *options)
         self.root = math.sqrt(weight[0].numel() + 1)
 
+    def share_rounding(self) -> None:
+        """Winograd's algorithm rounds what up to 4 neighbouring outputs have in common."""
+        self.magnitude = max_pool2d(self.magnitude, (1, 7), 1, (0, 3))
+
     def error(self, dtype: torch.dtype) -> torch.Tensor:
         tolerance = TOLERANCES[dtype]
         return (
@@ -124,7 +133,14 @@ def check_values(output: torch.Tensor, activity: pixfuse.UnitActivity, truth: Tr
     check_activity(output, activity)
 
 
-def check(case: Case, input: torch.Tensor, dtypes: tuple[torch.dtype, ...], **options: Any) -> None:
+def check(
+    case: Case,
+    input: torch.Tensor,
+    dtypes: tuple[torch.dtype, ...],
+    *,
+    winograd: bool = False,
+    **options: Any,
+) -> None:
     """A call on each instruction set against float64: its values, its counts, that both agree.
 
     `dtypes` are those of the output: of float input its own one.
@@ -136,6 +152,8 @@ def check(case: Case, input: torch.Tensor, dtypes: tuple[torch.dtype, ...], **op
         options["normalization"] = normalization
         values = pixfuse.reference.normalize(input, normalization)
     truth = Truth(values, weight, bias, case.options())
+    if winograd:
+        truth.share_rounding()
     for isa, dtype in itertools.product(_library.available_isas(), dtypes):
         with _library.use_isa(isa):
             output, activity = pixfuse.conv_bias_relu(
@@ -496,6 +514,261 @@ def test_autocast() -> None:
     expected, _ = pixfuse.conv_bias_relu(*low, *case.options())  # type: ignore[arg-type]
     assert_same_bits(ours, expected)
     check_activity(ours, activity)
+
+
+# --- fewer multiplications ---
+
+# What goes through Winograd's algorithm, and what stays direct: with the reason.
+WINOGRAD = {
+    "resnet": STEMS["resnet"],
+    "alexnet": STEMS["alexnet"],
+    "four channels": Case(4, 20, (5, 5), 1, 2, size=(12, 13)),
+    "stride 1": Case(3, 33, (7, 7), 1, 3, size=(16, 17)),
+    "one row of taps 9 wide": Case(4, 16, (5, 9), (1, 3), 0, size=(30, 52)),
+    "rows dilated": Case(3, 70, (7, 8), 2, 3, (2, 1), size=(40, 41)),
+    "phases of 3, 2 and 2": Case(3, 64, (7, 7), 3, 2, size=(40, 43)),
+    "not padded": Case(3, 64, (7, 7), 2, 0, size=(41, 43), bias=False),
+}
+DIRECT = {
+    "a phase of one tap": Case(3, 32, (7, 3), 2, 1, size=(64, 61)),
+    "few terms": Case(3, 32, (5, 5), 2, 2, size=(64, 61)),
+    "one channel": Case(1, 32, (7, 7), 2, 3, size=(64, 61)),
+    "dilated": Case(3, 32, (7, 7), 1, 3, 2, size=(32, 31)),
+    "a small image": Case(3, 32, (7, 7), 2, 3, size=(16, 16)),
+    **{name: STEMS[name] for name in ("vgg", "mobilenet", "convnext", "vit")},
+}
+
+
+def is_direct(case: Case, weight: torch.Tensor, normalization: pixfuse.Normalization) -> bool:
+    """Floats always are: so whether bytes have the same bits as their normalized floats."""
+    images = random_bytes(1, case.channels, *case.size)
+    call = (weight, torch.zeros(case.outputs), *case.options())
+    of_bytes, _ = pixfuse.conv_bias_relu(images, *call, normalization=normalization)
+    of_floats, _ = pixfuse.conv_bias_relu(pixfuse.normalize(images, normalization), *call)
+    return torch.equal(of_bytes.nan_to_num(), of_floats.nan_to_num())
+
+
+def test_who_goes_through_winograd(isa: str) -> None:
+    for case in WINOGRAD.values():
+        weight, _ = case.weights(torch.float32)
+        normalization = made_up(case.channels, "torchvision")
+        assert not is_direct(case, weight, normalization)
+        for value in (math.nan, math.inf, -math.inf, 2.0**41):
+            bad = weight.clone()
+            bad[-1, -1, -1, -1] = value
+            assert is_direct(case, bad, normalization)
+        for rounding in ROUNDINGS:
+            huge = pixfuse.Normalization(0.5, 1e-13, rounding=rounding)
+            assert is_direct(case, weight, huge)
+    for case in DIRECT.values():
+        weight, _ = case.weights(torch.float32)
+        assert is_direct(case, weight, made_up(case.channels, "torchvision"))
+
+
+@pytest.mark.parametrize("name", WINOGRAD)
+def test_winograd(name: str) -> None:
+    case = WINOGRAD[name]
+    for channels_last, memory_format in itertools.product((False, True), FORMATS):
+        images = random_bytes(case.images, *case.size, case.channels).permute(0, 3, 1, 2)
+        if not channels_last:
+            images = images.contiguous()
+        check(case, images, DTYPES, winograd=True, memory_format=memory_format)
+
+
+def test_winograd_of_every_width() -> None:
+    for columns in (*range(1, 14), 47, 48, 49, 50, 97):  # 12 tiles of 4 are taken together
+        for kernel, stride, padding, outputs in ((7, 2, 3, 64), (11, 4, 5, 17), (8, 1, 5, 33)):
+            width = max(1, (columns - 1) * stride + kernel - 2 * padding)
+            size = (stride * (-(-128 // columns) + 3), width)
+            case = Case(3, outputs, (kernel, kernel), stride, padding, size=size, images=1)
+            images = random_bytes(1, 3, *size)
+            check(case, images, DTYPES[:1], winograd=True, memory_format=FORMATS[columns % 2])
+
+
+def test_winograd_is_as_accurate_as_torch(isa: str) -> None:
+    """Also on images that are smooth, or whose mean is far from 0, or both."""
+    rows, columns = torch.meshgrid(torch.arange(112), torch.arange(112), indexing="ij")
+    smooth = (120 + 90 * torch.sin(rows / 9) * torch.cos(columns / 7)).expand(1, 3, 112, 112)
+    noise = random_bytes(1, 3, 112, 112)
+    pictures = (noise, smooth.to(torch.uint8), (0.9 * smooth + 0.1 * noise).to(torch.uint8))
+    for case in (STEMS["resnet"], STEMS["alexnet"], WINOGRAD["stride 1"]):
+        weight, bias = case.weights(torch.float32)
+        assert bias is not None
+        call = (weight, bias, *case.options())
+        for images, normalization in itertools.product(
+            pictures, (pixfuse.IMAGENET, pixfuse.SIGNED, pixfuse.UNIT)
+        ):
+            floats = pixfuse.normalize(images, normalization)
+            exact = conv2d(floats.double(), weight.double(), bias.double(), *case.options()).relu()
+            ours, _ = pixfuse.conv_bias_relu(images, *call, normalization=normalization)
+            theirs = relu(conv2d(floats, *call))
+            mine, torchs_own = ((result - exact).abs() for result in (ours, theirs))
+            assert mine.max() <= 2 * torchs_own.max()
+            assert mine.pow(2).mean() <= (1.5**2) * torchs_own.pow(2).mean()
+
+
+def edges() -> torch.Tensor:
+    """Black and white stripes: where all that an output sees is 0, its neighbours see 255."""
+    columns = torch.arange(150)
+    return ((columns // 25 % 2) * 255).to(torch.uint8).expand(1, 3, 64, 150).contiguous()
+
+
+def test_the_error_is_that_of_the_neighbourhood(isa: str) -> None:
+    """Of 3 outputs to the left and right: they share what is rounded."""
+    case = STEMS["resnet"]
+    weight, bias = case.weights(torch.float32)
+    images = edges()
+    truth = Truth(pixfuse.normalize(images, pixfuse.UNIT), weight, bias, case.options())
+    call = (images, weight, bias, *case.options())
+    ours, activity = pixfuse.conv_bias_relu(*call, normalization=pixfuse.UNIT)
+    with pytest.raises(AssertionError, match="outputs are too far off"):
+        check_values(ours, activity, truth)  # if this passes, the tolerance can be the usual one
+    truth.share_rounding()
+    check_values(ours, activity, truth)
+
+
+def test_rounding_wakes_no_dead_channel(isa: str) -> None:
+    """What no image can bring above 0 is 0, although its neighbours are rounded."""
+    case = STEMS["resnet"]
+    weight = -torch.rand(64, 3, 7, 7)
+    weight[40] = 0
+    bias = torch.zeros(64)
+    bias[40] = 0.3
+    bias[50:] = 1e-30  # not certain to be dead, and woken
+    images = edges()
+    for memory_format in FORMATS:
+        ours, activity = pixfuse.conv_bias_relu(
+            images,
+            weight,
+            bias,
+            *case.options(),
+            normalization=pixfuse.UNIT,
+            memory_format=memory_format,
+        )
+        certain = pixfuse.certified_dead(weight, bias, normalization=pixfuse.UNIT)
+        assert certain.sum() == 49
+        assert bool(activity.dead[certain].all())
+        assert bool((ours[:, certain] == 0).all())
+        assert bool((ours[:, 40] == bias[40]).all())
+        assert bool((activity.active[50:] > 0).all())
+        assert bool((ours[:, 50:] > 1e-20).any())
+
+
+def test_winograd_has_one_result(isa: str) -> None:
+    """For any number of threads and split of the batch, any layout of input and output."""
+    for case in WINOGRAD.values():
+        weight, bias = case.weights(torch.float32)
+        images = random_bytes(3, case.channels, *case.size)
+        call = (weight, bias, *case.options())
+        options: dict[str, Any] = {"normalization": made_up(case.channels, "timm")}
+        expected, activity = pixfuse.conv_bias_relu(images, *call, **options)
+        for threads, memory_format, input_format in itertools.product((1, 2, 5), FORMATS, FORMATS):
+            torch.set_num_threads(threads)
+            given = images.contiguous(memory_format=input_format)
+            ours, counted = pixfuse.conv_bias_relu(
+                given, *call, memory_format=memory_format, **options
+            )
+            assert_same_bits(ours.contiguous(), expected.contiguous())
+            assert torch.equal(counted.active, activity.active)
+        torch.set_num_threads(2)
+        parts = [
+            pixfuse.conv_bias_relu(image, *call, **options)[0].contiguous() for image in images
+        ]
+        assert_same_bits(torch.stack(parts), expected.contiguous())
+
+
+def test_negated_weights_of_winograd(isa: str) -> None:
+    case = STEMS["resnet"]
+    weight, bias = case.weights(torch.float32)
+    assert bias is not None
+    images = random_bytes(2, 3, *case.size)
+    call = (*case.options(),)
+    above, active = pixfuse.conv_bias_relu(
+        images, weight, bias, *call, normalization=pixfuse.IMAGENET
+    )
+    below, inactive = pixfuse.conv_bias_relu(
+        images, -weight, -bias, *call, normalization=pixfuse.IMAGENET
+    )
+    floats = pixfuse.normalize(images, pixfuse.IMAGENET)
+    truth = Truth(floats, weight, bias, case.options())
+    error = truth.error(torch.float32)
+    assert bool(((above.double() - below.double() - truth.exact).abs() <= error).all())
+    assert bool((active.active + inactive.active <= active.positions).all())
+
+
+@dataclass
+class Points:
+    """The constants of winograd.h, and the matrices that its comment makes of them."""
+
+    pairs: list[Fraction]
+    slots: list[list[int]]  # of pieces of 2, 3 and 4 taps
+
+    @classmethod
+    def read(cls) -> "Points":
+        text = (ROOT / "csrc" / "conv_bias_relu" / "winograd.h").read_text()
+        pairs = re.search(r"kWinogradPairPoints\[.*?\] = \{(.*?)\}", text)
+        slots = re.search(r"kWinogradPointSlots\[.*?= \{(.*?)\};", text, re.DOTALL)
+        assert pairs is not None
+        assert slots is not None
+        words = slots[1].replace("kWinogradZero", "6").replace("kWinogradInfinity", "7")
+        rows = re.findall(r"\{(.*?)\}", words)
+        return cls(
+            [Fraction(number) for number in pairs[1].split(",")],
+            [[int(number) for number in row.split(",")] for row in rows],
+        )
+
+    def matrices(self, taps: int) -> tuple[list[list[Fraction]], ...]:
+        slots = self.slots[taps - 2]
+        assert len(slots) == taps + 3
+        assert slots[-1] == 7
+        values = [v for pair in self.pairs for v in (pair, -pair)] + [Fraction(0)]
+        points = [values[slot] for slot in slots[:-1]]
+        infinity = [Fraction(int(j == 3)) for j in range(4)]
+        outputs = [[p**j for p in points] + [infinity[j]] for j in range(4)]
+        weights, inputs = [], []
+        for point in [*points, None]:
+            others = [other for other in points if other != point]
+            product = [Fraction(1)]
+            for other in others:
+                product = [
+                    high - other * low
+                    for high, low in zip(
+                        [Fraction(0), *product], [*product, Fraction(0)], strict=True
+                    )
+                ]
+            inputs.append(product + [Fraction(0)] * (taps + 3 - len(product)))
+            if point is None:
+                weights.append([Fraction(int(k == taps - 1)) for k in range(taps)])
+            else:
+                slope = math.prod((point - other for other in others), start=Fraction(1))
+                weights.append([point**k / slope for k in range(taps)])
+        return outputs, weights, inputs
+
+
+def is_a_convolution(matrices: tuple[list[list[Fraction]], ...], taps: int) -> bool:
+    """y[j] is the sum of w[k] * x[j + k], and of nothing else: exactly."""
+    outputs, weights, inputs = matrices
+    return all(
+        sum(outputs[j][i] * weights[i][k] * inputs[i][at] for i in range(taps + 3))
+        == int(at == j + k)
+        for j in range(4)
+        for k in range(taps)
+        for at in range(taps + 3)
+    )
+
+
+@pytest.mark.parametrize("taps", [2, 3, 4])
+def test_the_points_of_winograd(taps: int) -> None:
+    points = Points.read()
+    matrices = points.matrices(taps)
+    assert is_a_convolution(matrices, taps)
+    outputs, _, inputs = matrices
+    for matrix in (outputs, inputs):
+        assert all(Fraction(float(np.float32(float(f)))) == f for row in matrix for f in row)
+    for matrix in matrices:  # a planted fault
+        matrix[1][1] += Fraction(1, 1024)
+        assert not is_a_convolution(matrices, taps)
+        matrix[1][1] -= Fraction(1, 1024)
 
 
 # --- derivatives ---
@@ -930,6 +1203,16 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         r"expected a kernel that is not greater than the padded input size per channel \(8 x 9\), "
         r"got kernel size \(9 x 9\)",
     ),
+    "huge padding": (
+        {"padding": (2**40, 2**30)},
+        ValueError,
+        r"expected a result that fits memory, got one of \d+ x 4 x 21990232555\d\d x 21474836\d\d$",
+    ),
+    "padding beyond 64 bits": (
+        {"padding": 2**63 - 1},
+        ValueError,
+        r"expected a result that fits memory, got one of \d+ x 4 x 18446744073709551\d\d\d x ",
+    ),
     "channels of the normalization": (
         {"input": IMAGES, "normalization": pixfuse.Normalization([0, 0], 1)},
         ValueError,
@@ -1009,6 +1292,18 @@ BAD_OPERANDS: dict[str, tuple[dict[str, Any], str]] = {
     "bias": ({"bias": BIAS[:3]}, r"bias of shape \(4\)"),
     "bias dtype": ({"bias": BIAS.half()}, "bias of the dtype of weight"),
     "kernel": ({"dilation": [9, 1]}, r"a kernel that fits into the padded input \(8\), got one"),
+    "memory": (
+        {"padding": [0, 2**50, 0, 2**20]},
+        r"a result that fits memory, got one of \d+ x 4 x 11258999068426\d\d x 10485\d\d",
+    ),
+    "padding beyond 64 bits": (
+        {"padding": [2**62, 2**62, 0, 0]},
+        r"a kernel and a padded input of less than 2\^63, got padding 4611686018427387904 and 46",
+    ),
+    "dilation beyond 64 bits": (
+        {"dilation": [2**62, 1]},
+        r"a kernel and a padded input of less than 2\^63, got padding 0 and 0, dilation 4611686",
+    ),
     "empty": ({"weight": WEIGHT[:0]}, "weight without a size of 0"),
     "dtypes": ({"weight": WEIGHT.half()}, "input, weight and output of the same dtype, or uint8"),
     "mean": ({"input": IMAGES, "mean": [0.0, 0.0], "std": [1.0, 1.0]}, "mean and std with 1 value"),

@@ -22,7 +22,7 @@ from tests.bits import assert_same_bits
 from tests.conftest import require_cuda
 from tests.guards import assert_guards_untouched, guarded_output
 from tests.images import LAYOUTS, LONG_WIDTHS, WIDTHS, all_values, random_bytes, whole_storage
-from tests.normalizations import ROUNDINGS, made_up
+from tests.normalizations import ROUNDINGS, made_up, of_any_units
 from tests.samples import PILLOW_IMAGES, SAMPLES, contents, pillow, samples
 
 CPU = torch.device("cpu")
@@ -385,6 +385,14 @@ def test_anchors(device: torch.device) -> None:
             )
         for anchor in anchors[::7]:
             check(images, size, anchor=list(anchor), out_of_bounds="pad", device=device)
+
+
+def test_one_anchor_for_images_of_one_size(device: torch.device) -> None:
+    images = [random_bytes(3, 11, 8) for _ in range(3)]
+    for size in (1, 6, (11, 8), (12, 5)):
+        for anchor in itertools.product((0.0, 0.1, 0.25, 0.5, 0.7, 1.0), repeat=2):
+            check(images, size, anchor=anchor, out_of_bounds="pad", mirror=True, device=device)
+            check(images, size, anchor=anchor, out_of_bounds="pad", flip=True, device=device)
 
 
 def test_two_anchors_are_for_two_images() -> None:
@@ -1177,7 +1185,7 @@ def test_anything(
     count = data.draw(st.sampled_from([1, channels]))
     mean = data.draw(st.lists(numbers, min_size=count, max_size=count))
     std = data.draw(st.lists(positive_numbers, min_size=count, max_size=count))
-    normalization = pixfuse.Normalization(mean, std, rounding)
+    normalization = of_any_units(mean, std, rounding)
     ours = check(images, size, normalization, device=device, channels=channels, **options)
     out, buffer = guarded_output(tuple(ours.shape), dtype, memory_format, device)
     pixfuse.crop_mirror_normalize(

@@ -40,7 +40,15 @@ from tests.cuda_on_cpu.toolchain import (
     Toolchain,
 )
 from tests.images import LAYOUTS, all_values
-from tests.normalizations import DTYPES, EXTREMES, PRESETS, ROUNDINGS, made_up, with_rounding
+from tests.normalizations import (
+    DTYPES,
+    EXTREMES,
+    PRESETS,
+    ROUNDINGS,
+    made_up,
+    of_any_units,
+    with_rounding,
+)
 from tests.samples import SAMPLES as IMAGES_OF_EVERY_KIND
 
 ORDERS = ("forward", "reverse", "random")
@@ -720,7 +728,7 @@ def test_every_value_equals_reference(
 ) -> None:
     normalizations = [
         *PRESETS.values(),
-        *(pixfuse.Normalization(mean, std) for mean, std in EXTREMES),
+        *(of_any_units(mean, std) for mean, std in EXTREMES),
     ]
     for channels in (*range(1, 9), 13):
         planar = all_values(channels)

@@ -18,7 +18,15 @@ import pixfuse
 from benchmarks import round_trip
 from tests.exact import round_to_float32
 from tests.images import LAYOUTS, LONG_WIDTHS, WIDTHS, all_values, random_bytes
-from tests.normalizations import DTYPES, EXTREMES, PRESETS, ROUNDINGS, made_up, with_rounding
+from tests.normalizations import (
+    DTYPES,
+    EXTREMES,
+    PRESETS,
+    ROUNDINGS,
+    made_up,
+    of_any_units,
+    with_rounding,
+)
 
 OUTPUT_LAYOUTS: tuple[Literal["NCHW", "NHWC"], ...] = ("NCHW", "NHWC")
 
@@ -174,7 +182,7 @@ def test_nan_and_infinities(device: torch.device, dtype: torch.dtype) -> None:
 
 def test_extreme_normalizations(device: torch.device) -> None:
     for mean, std in EXTREMES:
-        normalization = pixfuse.Normalization(mean, std)
+        normalization = of_any_units(mean, std)
         images = all_values(2).to(device)
         check(pixfuse.normalize(images, normalization), normalization)
 

@@ -83,6 +83,31 @@ def test_normalization(case: str) -> None:
         Normalization(mean, std)
 
 
+@pytest.mark.parametrize(
+    ("mean", "std", "named"),
+    [
+        ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375), "mean 123.675"),
+        ((0.0, 1.75), 1.0, "mean 1.75"),
+        (1.25, 58.395, "std 58.395"),
+    ],
+)
+def test_units_of_bytes_are_warned_of(mean: Any, std: Any, named: str) -> None:
+    with pytest.warns(
+        UserWarning,
+        match=rf"^Normalization: {named} is in units of 0\.\.255, it seems; pixfuse takes units of "
+        r"\[0, 1\]: divide mean and std by 255$",
+    ) as caught:
+        normalization = Normalization(mean, std)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert max(normalization.mean) == max(np.atleast_1d(mean))
+
+
+@pytest.mark.parametrize(("mean", "std"), [(1.5, 1.0), (-200.0, 1.0), (1.0, 255.0), (0.0, 1e7)])
+def test_units_that_may_well_be_meant(mean: float, std: float) -> None:
+    Normalization(mean, std)  # a warning would be an error here
+
+
 def test_rounding() -> None:
     with pytest.raises(
         ValueError,

@@ -25,7 +25,15 @@ from tests.images import (
     random_bytes,
     whole_storage,
 )
-from tests.normalizations import DTYPES, EXTREMES, PRESETS, ROUNDINGS, made_up, with_rounding
+from tests.normalizations import (
+    DTYPES,
+    EXTREMES,
+    PRESETS,
+    ROUNDINGS,
+    made_up,
+    of_any_units,
+    with_rounding,
+)
 from tests.watched import Watched
 
 FORMATS = (torch.contiguous_format, torch.channels_last, torch.preserve_format)
@@ -79,7 +87,7 @@ def test_every_value_of_the_presets(device: torch.device, preset: str) -> None:
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_every_value_at_the_ends_of_the_range(device: torch.device, rounding: Rounding) -> None:
     for mean, std in EXTREMES:
-        normalization = pixfuse.Normalization(mean, std, rounding)
+        normalization = of_any_units(mean, std, rounding)
         for dtype in DTYPES:
             if normalization.largest > torch.finfo(dtype).max:
                 continue  # an error: see test_errors.py
@@ -108,6 +116,19 @@ def test_the_default_is_the_unit_interval() -> None:
     assert_same_bits(pixfuse.normalize(images), expected)
     assert expected.min() == 0.0
     assert expected.max() == 1.0
+
+
+# --- large results, which are stored past the caches where they are whole lines of these ---
+
+
+@pytest.mark.parametrize("width", [1040, 1033])
+@pytest.mark.parametrize("layout", ["nchw", "channels_last", "crop", "one_byte_more_per_pixel"])
+def test_results_beyond_the_caches(layout: str, width: int) -> None:
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        images = LAYOUTS[layout](3, 3, 720, width)
+        assert check(images, made_up(3, "torchvision")).nbytes > 24 << 20
+    check(images[..., 1:], pixfuse.CLIP)
 
 
 # --- shapes and layouts ---
@@ -477,7 +498,7 @@ def test_anything(
     count = data.draw(st.sampled_from([1, channels]))
     mean = data.draw(st.lists(numbers, min_size=count, max_size=count))
     std = data.draw(st.lists(positive_numbers, min_size=count, max_size=count))
-    normalization = pixfuse.Normalization(mean, std, rounding)
+    normalization = of_any_units(mean, std, rounding)
     kwargs: dict[str, Any] = {
         "input_layout": layout,
         "dtype": dtype,

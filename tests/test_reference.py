@@ -18,7 +18,7 @@ from pixfuse.normalization import Rounding
 from tests.bits import assert_same_bits
 from tests.exact import nearest, round_to_float32
 from tests.images import all_values
-from tests.normalizations import EXTREMES, PRESETS, ROUNDINGS, made_up, with_rounding
+from tests.normalizations import EXTREMES, PRESETS, ROUNDINGS, made_up, of_any_units, with_rounding
 
 transforms = import_torchvision("torchvision.transforms")
 v2 = import_torchvision("torchvision.transforms.v2")
@@ -26,7 +26,7 @@ v2 = import_torchvision("torchvision.transforms.v2")
 # Every preset, extremes of the range, and a few hundred that nobody would choose.
 NORMALIZATIONS = [
     *PRESETS.values(),
-    *(pixfuse.Normalization(mean, std) for mean, std in EXTREMES),
+    *(of_any_units(mean, std) for mean, std in EXTREMES),
     *(made_up(3, "torchvision", seed) for seed in range(200)),
 ]
 

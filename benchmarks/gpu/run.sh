@@ -1,16 +1,20 @@
 #!/usr/bin/env bash
-# The one command for a machine with a GPU: builds pixfuse, runs every test with the GPU required,
-# runs compute-sanitizer on a short case, and measures. Needs no network.
+# The one command for a machine with a GPU: builds pixfuse, tests it with the GPU required, measures,
+# and runs compute-sanitizer on a short case. Needs no network, and less than ten minutes.
 #
 #   benchmarks/gpu/run.sh          everything
-#   benchmarks/gpu/run.sh STEP     one of machine, build, memcheck, racecheck, benchmark, crops,
-#                                  convolutions, tests
+#   benchmarks/gpu/run.sh STEP     one of machine, build, short, gpu_tests, normalize, standardize,
+#                                  convolutions, crops, memcheck, racecheck, tests
 #
-# OUT     where the logs and the measured *_cuda.json go (default: build/gpu)
+# OUT     where the results go (default: build/gpu): summary.json, log.txt and a *_cuda.json of each
+#         benchmark; what was there by these names is replaced
 # PYTHON  the interpreter that has torch with CUDA (default: python3)
 # BUDGET  seconds for everything (default: 570)
+# ARCH    the architecture to build for (default: that of the GPU)
 #
-# A failing step does not stop the others; the status at the end is 1 if any failed.
+# Each step has a time limit. One that fails does not stop the others, except the build those that
+# need it. summary.json is there from the first step on and says of each how it ended, with the end
+# of its log if not well; the status is 1 if any failed.
 set -uo pipefail
 SELF=$(realpath "${BASH_SOURCE[0]}")
 cd "$(dirname "$SELF")/../.." || exit 2
@@ -18,143 +22,209 @@ cd "$(dirname "$SELF")/../.." || exit 2
 OUT=${OUT:-build/gpu}
 PYTHON=${PYTHON:-python3}
 BUDGET=${BUDGET:-570}
-mkdir -p "$OUT"
+mkdir -p "$OUT" build || exit 2
 OUT=$(realpath "$OUT")
 SITE=$PWD/build/gpu-site # where pixfuse is installed: not into the machine's own packages
 export OUT PYTHON BUDGET
 export PYTHONPATH="$SITE${PYTHONPATH:+:$PYTHONPATH}"
-export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 COLUMNS=110
+# Where CUDA is installed but not on the path.
+command -v nvcc >/dev/null || export PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin"
 
 # ---- the steps ----
 
 describe() {
-  nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+  nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem --format=csv,noheader
   nvcc --version | tail -n 2
+  for tool in cmake ninja g++ compute-sanitizer; do
+    printf '%s: ' "$tool"
+    { "$tool" --version 2>&1 || echo absent; } | head -n 1
+  done
   "$PYTHON" - <<'PYTHON_END'
+import importlib.metadata as packages
+import os
+import sys
+
+print("python", sys.version.split()[0], "with", len(os.sched_getaffinity(0)), "cores")
+for name in (
+    "torch torchvision triton numpy pybind11 scikit-build-core pip pytest pytest-timeout "
+    "pytest-xdist hypothesis rich"
+).split():
+    try:
+        print(name, packages.version(name))
+    except packages.PackageNotFoundError:
+        print(name, "absent")
 import torch
-print("torch", torch.__version__, "with CUDA", torch.version.cuda)
+
+print("torch's CUDA", torch.version.cuda)
 print(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
 PYTHON_END
 }
 
 # The architecture of this GPU alone: all of them take minutes.
 architecture() {
-  "$PYTHON" -c 'import torch; print("%d%d-real" % torch.cuda.get_device_capability())'
+  "$PYTHON" -c 'import torch; print("%d%d-real" % torch.cuda.get_device_capability())' 2>/dev/null ||
+    nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d '. ' | sed 's/$/-real/'
 }
 
 build_with_pip() {
-  "$PYTHON" -m pip install --no-index --no-build-isolation --no-deps --no-cache-dir \
+  "$PYTHON" -m pip install -v --no-index --no-build-isolation --no-deps --no-cache-dir \
     --disable-pip-version-check --target "$SITE" . \
     --config-settings=build-dir=build/gpu-pip \
     --config-settings=cmake.define.PIXFUSE_CUDA=ON \
     --config-settings=cmake.define.CMAKE_CUDA_ARCHITECTURES="$1"
 }
 
-# For a machine whose scikit-build-core is older than the one that the project asks for.
+has_module() { "$PYTHON" -c "import $1" 2>/dev/null; }
+
+# That of the Python packages, where it is one of them: the system's may be too old.
+run_cmake() {
+  if has_module cmake; then "$PYTHON" -m cmake "$@"; else cmake "$@"; fi
+}
+
+# For a machine whose pip or scikit-build-core does not do.
 build_with_cmake() {
-  cmake -S . -B build/gpu-cmake -G Ninja -DCMAKE_BUILD_TYPE=Release -DPIXFUSE_CUDA=ON \
-    -DCMAKE_CUDA_ARCHITECTURES="$1" -DPython_EXECUTABLE="$(command -v "$PYTHON")" &&
-    cmake --build build/gpu-cmake &&
-    cmake --install build/gpu-cmake --prefix "$SITE" &&
+  local generator=()
+  if command -v ninja >/dev/null; then generator=(-G Ninja); fi
+  run_cmake -S . -B build/gpu-cmake "${generator[@]}" -DCMAKE_BUILD_TYPE=Release -DPIXFUSE_CUDA=ON \
+    -DCMAKE_CUDA_ARCHITECTURES="$1" \
+    -DPython_EXECUTABLE="$("$PYTHON" -c 'import sys; print(sys.executable)')" &&
+    run_cmake --build build/gpu-cmake --parallel "$(nproc)" &&
+    run_cmake --install build/gpu-cmake --prefix "$SITE" &&
     cp -r python/pixfuse/. "$SITE/pixfuse/"
 }
 
 build() {
-  local arch
-  arch=$(architecture) || return
+  local arch=${ARCH:-}
+  [[ -n $arch ]] || arch=$(architecture)
+  if [[ ! $arch =~ ^[0-9]+[af]?(-real)?$ ]]; then
+    echo "no architecture to build for: '$arch'; set ARCH, as in ARCH=90-real"
+    return 1
+  fi
   rm -rf "$SITE"
-  build_with_pip "$arch" || build_with_cmake "$arch" || return
+  build_with_pip "$arch" || { rm -rf "$SITE" && build_with_cmake "$arch"; } || return
   "$PYTHON" - <<'PYTHON_END'
 import pixfuse
+print(pixfuse.__file__)
 print(pixfuse.info())
 assert pixfuse.info()["cuda"]["loaded"], "the CUDA kernels are not loaded"
 PYTHON_END
 }
 
 # Every tensor gets its own allocation, so that memcheck sees an access one byte beyond it. Errors
-# of API calls are torch's own probing, not ours.
+# of API calls are torch's own probing, not ours; torch's own kernels take too long to watch.
 sanitize() {
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 9 \
+  local ours=()
+  if compute-sanitizer --help 2>&1 | grep -q -- --kernel-name; then
+    ours=(--kernel-name kns=pixfuse)
+  fi
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 9 "${ours[@]}" \
     --report-api-errors no --target-processes all "$PYTHON" -m benchmarks.gpu.short_case
 }
 
-measure() {
-  "$PYTHON" -m benchmarks.bench_normalize_cuda --time-limit 90 \
-    --output "$OUT/normalize_cuda.json"
+# benchmark NAME SECONDS: begins no point after so many seconds, and leaves a file in any case.
+benchmark() {
+  "$PYTHON" -m "benchmarks.bench_$1_cuda" --time-limit "$2" --output "$OUT/$1_cuda.json"
 }
 
-measure_crops() {
-  "$PYTHON" -m benchmarks.bench_crop_mirror_normalize_cuda --time-limit 50 \
-    --output "$OUT/crop_mirror_normalize_cuda.json"
+# run_pytest WHICH: the tests that need a GPU ("gpu"), or the others ("others"), but for those that
+# compile kernels for the CPU. The machine's pytest may be older than the one that the project pins,
+# its plugins others, and its libraries warn of other things: so none of these decides.
+run_pytest() {
+  local options=(-p benchmarks.gpu.choose_tests -p no:cacheprovider -o minversion=7.0 -o addopts= -ra
+    --tb=short -W default --ignore-glob='*/test_native*' --ignore-glob='*/test_cuda_on_cpu*')
+  if has_module xdist; then options+=(-p xdist.plugin -n 8); fi
+  if has_module pytest_timeout; then
+    options+=(-p pytest_timeout -o timeout=60)
+  fi
+  PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 PIXFUSE_REQUIRE_CUDA=1 PIXFUSE_TESTS=$1 OMP_NUM_THREADS=2 \
+    "$PYTHON" -m pytest "${options[@]}" tests
 }
 
-measure_convolutions() {
-  "$PYTHON" -m benchmarks.bench_conv_bias_relu_cuda --time-limit 50 \
-    --output "$OUT/conv_bias_relu_cuda.json"
+run_step() {
+  case $1 in
+    machine) describe ;;
+    build) build ;;
+    short) "$PYTHON" -m benchmarks.gpu.short_case ;;
+    gpu_tests) run_pytest gpu ;;
+    tests) run_pytest others ;;
+    normalize) benchmark normalize 32 ;;
+    standardize) benchmark standardize_per_image 25 ;;
+    convolutions) benchmark conv_bias_relu 28 ;;
+    crops) benchmark crop_mirror_normalize 18 ;;
+    memcheck | racecheck) sanitize "$1" ;;
+    *) sed -n '2,/^set /{/^#/p}' "$SELF" >&2 && exit 2 ;;
+  esac
 }
 
-run_tests() {
-  local workers=()
-  if "$PYTHON" -c 'import xdist' 2>/dev/null; then workers=(-n 8); fi
-  # The machine's pytest may be older than the one that the project pins.
-  PIXFUSE_REQUIRE_CUDA=1 "$PYTHON" -m pytest "${workers[@]}" -p no:cacheprovider \
-    -o minversion=7.0 tests
-}
-
-case "${1:-}" in
-  "") ;;
-  machine) describe; exit ;;
-  build) build; exit ;;
-  memcheck | racecheck) sanitize "$1"; exit ;;
-  benchmark) measure; exit ;;
-  crops) measure_crops; exit ;;
-  convolutions) measure_convolutions; exit ;;
-  tests) run_tests; exit ;;
-  *) sed -n '2,/^set /{/^#/p}' "$SELF" >&2; exit 2 ;;
-esac
+if [[ -n ${1:-} ]]; then
+  run_step "$1"
+  exit
+fi
 
 # ---- all of them, each within its time ----
 
-summary=()
+LOGS=$(mktemp -d)
+trap 'rm -rf "$LOGS"' EXIT
+rm -f "$OUT"/{summary.json,log.txt} "$OUT"/*_cuda.json
+: >"$OUT/log.txt"
 failures=0
 
-# step NAME SECONDS: runs a step with a time limit, its output in $OUT/NAME.log.
+# record NAME RESULT STATUS LIMIT TOOK: adds a line, and writes summary.json anew.
+record() {
+  (IFS=$'\t' && printf '%s\n' "$*") >>"$LOGS/steps"
+  "$PYTHON" "${SELF%/*}/summary.py" "$LOGS" "$OUT/summary.json" || cp "$LOGS/steps" "$OUT/summary.json"
+}
+
+# step NAME SECONDS: runs a step with a time limit.
 step() {
-  local name=$1 limit=$2 begun=$SECONDS status
+  local name=$1 limit=$2 begun=$SECONDS status result
   if ((BUDGET - SECONDS < limit)); then limit=$((BUDGET - SECONDS)); fi
   if ((limit < 5)); then
-    summary+=("NOT RUN  $name: no time was left")
     failures=$((failures + 1))
+    record "$name" "not run: no time was left" "" "$limit" 0
     return 1
   fi
   echo "--- $name (at most $limit s)"
-  timeout --kill-after=5 "$limit" bash "$SELF" "$name" >"$OUT/$name.log" 2>&1
+  timeout --kill-after=5 "$limit" bash "$SELF" "$name" >"$LOGS/$name.log" 2>&1
   status=$?
   case $status in
-    0) summary+=("passed   $name ($((SECONDS - begun)) s)") ;;
-    124 | 137) summary+=("TIMEOUT  $name after $limit s") ;;
-    *) summary+=("FAILED   $name, status $status ($((SECONDS - begun)) s)") ;;
+    0) result=passed ;;
+    124 | 137) result="timeout" ;;
+    *) result=failed ;;
   esac
   if ((status == 0)); then
-    tail -n 5 "$OUT/$name.log"
+    tail -n 6 "$LOGS/$name.log"
   else
-    tail -n 40 "$OUT/$name.log"
+    tail -n 40 "$LOGS/$name.log"
     failures=$((failures + 1))
   fi
+  { echo "=== $name: $result, status $status, $((SECONDS - begun)) s" && cat "$LOGS/$name.log"; } |
+    tail -c 2000000 >>"$OUT/log.txt"
+  record "$name" "$result" "$status" "$limit" $((SECONDS - begun))
   return "$status"
 }
 
-step machine 60
-if step build 200; then
-  step memcheck 60
-  step racecheck 60
-  step benchmark 120
-  step crops 80
-  step convolutions 80
-  step tests 300 # last: whatever time is left
+# The limits add up to 565 s. What is most worth knowing comes first.
+step machine 40
+if step build 130; then
+  step short 35
+  step gpu_tests 105
+  step normalize 55
+  step standardize 45
+  step convolutions 50
+  step crops 35
+  step memcheck 40
+  step racecheck 30
+  step tests "$BUDGET" # whatever time is left
 else
-  summary+=("NOT RUN  memcheck, racecheck, benchmark, crops, convolutions, tests: pixfuse was not built")
+  for name in short gpu_tests normalize standardize convolutions crops memcheck racecheck tests; do
+    record "$name" "not run: pixfuse was not built" "" 0 0
+  done
 fi
 
-printf '%s\n' "" "Summary after $SECONDS s:" "${summary[@]}" | tee "$OUT/summary.log"
+echo
+echo "Summary after $SECONDS s:"
+awk -F '\t' '{ printf "%-13s %s%s (%s s)\n", $1, $2, ($3 == "" || $3 == 0 ? "" : ", status " $3), $5 }' \
+  "$LOGS/steps" | tee -a "$OUT/log.txt"
 exit $((failures > 0))

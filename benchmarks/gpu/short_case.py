@@ -3,7 +3,8 @@
     python -m benchmarks.gpu.short_case
 
 Every layout, type and output format, odd sizes, rows that end mid-vector, starts at odd addresses,
-pinned host memory, windows that leave their images, convolutions of many shapes.
+pinned host memory, windows that leave their images, convolutions of many shapes, images
+standardized both ways.
 The reference runs on the CPU, so that the GPU does little else than our kernels.
 """
 
@@ -82,6 +83,39 @@ def unequal_crops() -> tuple[int, int]:
     return len(cases), unequal
 
 
+def unequal_standardized() -> tuple[int, int]:
+    """How many standardized batches there are, in one pass and by two kernels, and the unequal."""
+    operator = torch.ops.pixfuse.standardize_per_image.default
+    unequal = 0
+    cases = list(
+        itertools.product(batches(), enumerate(DTYPES), enumerate(FORMATS), (False, True), (1, 2))
+    )
+    for (layout, images), (code, dtype), (form, memory_format), per_channel, way in cases:
+        nhwc = layout == "NHWC"
+        result = operator(images, per_channel, 0.0, int(nhwc), code, form, way)
+        expected = pixfuse.reference.standardize_per_image(
+            images.cpu(),
+            per_channel,
+            input_layout="NHWC" if nhwc else "NCHW",
+            dtype=dtype,
+            memory_format=memory_format,
+        )
+        if not torch.equal(result.cpu(), expected):
+            unequal += 1
+            print(
+                f"not equal: standardized {layout} {tuple(images.shape)} {dtype} {memory_format} "
+                f"per channel {per_channel} way {way}",
+                file=sys.stderr,
+            )
+    # More shared memory than a block has without asking, on any GPU.
+    images = torch.randint(0, 256, (2, 3, 140, 142), dtype=torch.uint8).cuda()
+    result = pixfuse.standardize_per_image(images)
+    if not torch.equal(result.cpu(), pixfuse.reference.standardize_per_image(images.cpu())):
+        unequal += 1
+        print("not equal: standardized 3x140x142", file=sys.stderr)
+    return len(cases) + 1, unequal
+
+
 def wrong_convolutions() -> tuple[int, int]:
     """How many convolutions there are, and how many are far off or counted wrongly."""
     generator = torch.Generator().manual_seed(0)
@@ -138,7 +172,9 @@ def wrong_convolutions() -> tuple[int, int]:
 def main() -> int:
     count, unequal = unequal_crops()
     convolutions, wrong = wrong_convolutions()
-    count, unequal = count + convolutions, unequal + wrong
+    standardized, unstandardized = unequal_standardized()
+    count += convolutions + standardized
+    unequal += wrong + unstandardized
     pinned = torch.randint(0, 256, (2, 3, 33, 47), dtype=torch.uint8).pin_memory()
     mean, std = pixfuse.IMAGENET.mean, pixfuse.IMAGENET.std
     read = torch.ops.pixfuse.normalize_pinned(pinned, mean, std, 0, 0, 0, 0, 0)

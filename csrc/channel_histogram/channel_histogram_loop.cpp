@@ -129,8 +129,28 @@ void unpair(PairTable& table, int64_t* first_sums, int64_t* second_sums) {
   for (int x = 0; x < kByteValues; ++x) first_sums[x] += by_first[x];
 }
 
+// Increments of one counter wait for each other, several cycles each: where a piece of an image has
+// one color, a unit of it is counted as often as it is there.
+constexpr int64_t kPieceUnits = 128;
+
+// Of the last unit only `kUsed` bytes may be there.
+template <int kUnitBytes, int kUsed>
+inline bool all_same(const uint8_t* in, int64_t units) {
+  const int64_t rest = (units - 1) * kUnitBytes;
+  if (__builtin_memcmp(in, in + rest, kUsed) != 0) return false;  // nearly always
+  uint8_t differing = 0;
+  for (int64_t i = 0; i < rest - kUnitBytes + kUsed; ++i) {
+    differing = static_cast<uint8_t>(differing | (in[i] ^ in[i + kUnitBytes]));
+  }
+  return differing == 0;
+}
+
 inline unsigned pair_at(const uint8_t* first, int second = 1) {
   return first[0] | static_cast<unsigned>(first[second]) << 8;
+}
+
+inline void add(PairTable& table, unsigned pair, uint16_t times) {
+  table[pair] = static_cast<uint16_t>(table[pair] + times);
 }
 
 // How `kChannels` channels, side by side, are paired where pixels are `kStep` bytes apart.
@@ -143,32 +163,34 @@ struct Pairing<1, 1> {
   static constexpr int kMost = 1;    // pairs of a unit in one table
   static constexpr int kTables = 1;
   static constexpr int kChannelsOf[][2] = {{0, 0}};
-  static void count(const uint8_t* in, PairTable* tables) { ++tables[0][pair_at(in)]; }
+  static void count(const uint8_t* in, PairTable* tables, uint16_t times) {
+    add(tables[0], pair_at(in), times);
+  }
 };
 template <>
 struct Pairing<3, 3> {
   static constexpr int kPixels = 2, kMost = 1, kTables = 3;
   static constexpr int kChannelsOf[][2] = {{0, 1}, {2, 0}, {1, 2}};
-  static void count(const uint8_t* in, PairTable* tables) {
-    for (int k = 0; k < 3; ++k) ++tables[k][pair_at(in + 2 * k)];
+  static void count(const uint8_t* in, PairTable* tables, uint16_t times) {
+    for (int k = 0; k < 3; ++k) add(tables[k], pair_at(in + 2 * k), times);
   }
 };
 template <>
 struct Pairing<4, 4> {
   static constexpr int kPixels = 1, kMost = 1, kTables = 2;
   static constexpr int kChannelsOf[][2] = {{0, 1}, {2, 3}};
-  static void count(const uint8_t* in, PairTable* tables) {
-    for (int k = 0; k < 2; ++k) ++tables[k][pair_at(in + 2 * k)];
+  static void count(const uint8_t* in, PairTable* tables, uint16_t times) {
+    for (int k = 0; k < 2; ++k) add(tables[k], pair_at(in + 2 * k), times);
   }
 };
 template <>
 struct Pairing<3, 4> {
   static constexpr int kPixels = 2, kMost = 2, kTables = 2;
   static constexpr int kChannelsOf[][2] = {{0, 1}, {2, 2}};
-  static void count(const uint8_t* in, PairTable* tables) {
-    ++tables[0][pair_at(in)];
-    ++tables[0][pair_at(in + 4)];
-    ++tables[1][pair_at(in + 2, 4)];
+  static void count(const uint8_t* in, PairTable* tables, uint16_t times) {
+    add(tables[0], pair_at(in), times);
+    add(tables[0], pair_at(in + 4), times);
+    add(tables[1], pair_at(in + 2, 4), times);
   }
 };
 
@@ -190,7 +212,7 @@ void count_paired_blocks(const HistogramRows& rows, int64_t first_channel, int64
   for_each_run(rows, images, first, last, [&](const uint8_t* in, int64_t count) {
     // Two places take turns, so that an increment seldom has to wait for the one before.
     int64_t half = count / (2 * Pair::kPixels);
-    const int64_t bytes = Pair::kPixels * kStep, room = (kMaxUnits - units) / 2;
+    const int64_t room = (kMaxUnits - units) / 2;
     if (half > room) {
       // The tables are not added up for the sake of a few units (an image of 256 x 256 pixels has
       // one too many): they are counted one by one.
@@ -202,10 +224,24 @@ void count_paired_blocks(const HistogramRows& rows, int64_t first_channel, int64
       }
     }
     units += 2 * half;
-    const uint8_t* second = in + half * bytes;
-    for (int64_t i = 0; i < half; ++i) {
-      Pair::count(in + i * bytes, pairs.counts);
-      Pair::count(second + i * bytes, pairs.counts);
+    constexpr int kBytes = Pair::kPixels * kStep, kUsed = kBytes - kStep + kChannels;
+    for (int64_t begin = 0; begin < half; begin += kPieceUnits) {
+      const int64_t length = half - begin < kPieceUnits ? half - begin : kPieceUnits;
+      const uint8_t* places[2] = {in + begin * kBytes, in + (half + begin) * kBytes};
+      const bool same[2] = {all_same<kBytes, kUsed>(places[0], length),
+                            all_same<kBytes, kUsed>(places[1], length)};
+      if (!same[0] && !same[1]) {
+        for (int64_t i = 0; i < length; ++i) {
+          for (const uint8_t* place : places) Pair::count(place + i * kBytes, pairs.counts, 1);
+        }
+        continue;
+      }
+      for (int k = 0; k < 2; ++k) {
+        const uint16_t times = static_cast<uint16_t>(same[k] ? length : 1);
+        for (int64_t i = 0; i < length; i += times) {
+          Pair::count(places[k] + i * kBytes, pairs.counts, times);
+        }
+      }
     }
     for (int64_t i = 2 * half * Pair::kPixels; i < count; ++i) {
       for (int c = 0; c < kChannels; ++c) ++sums[c][in[i * kStep + c]];
@@ -213,6 +249,55 @@ void count_paired_blocks(const HistogramRows& rows, int64_t first_channel, int64
   });
   add_up();
   add_to_counts(rows, first_channel, sums[0], kChannels);
+}
+
+// As many channels as there are tables, each in a plane of its own: the planes take turns.
+void count_paired_planes(const HistogramRows& rows, int64_t first_channel, int64_t first,
+                         int64_t last, PairTables& pairs) {
+  constexpr int kPlanes = PairTables::kTables;
+  constexpr int64_t kMaxUnits = 65535;
+  static_assert(kHistogramBlockPixels / 2 <= kMaxUnits);
+  int64_t sums[kPlanes][kByteValues] = {};
+  const auto add_up = [&] {
+    for (int c = 0; c < kPlanes; ++c) unpair(pairs.counts[c], sums[c], sums[c]);
+  };
+  int64_t units = 0;
+  const int64_t stride = rows.channel_stride;
+  const uint8_t* images = rows.images + first_channel * stride;
+  for_each_run(rows, images, first, last, [&](const uint8_t* in, int64_t count) {
+    const int64_t here = count / 2;
+    if (units + here > kMaxUnits) {
+      add_up();
+      units = 0;
+    }
+    units += here;
+    for (int64_t begin = 0; begin < here; begin += kPieceUnits) {
+      const int64_t length = here - begin < kPieceUnits ? here - begin : kPieceUnits;
+      const uint8_t* planes[kPlanes];
+      bool same[kPlanes], any = false;
+      for (int c = 0; c < kPlanes; ++c) {
+        planes[c] = in + c * stride + 2 * begin;
+        same[c] = all_same<2, 2>(planes[c], length);
+        any = any || same[c];
+      }
+      if (!any) {
+        for (int64_t i = 0; i < length; ++i) {
+          for (int c = 0; c < kPlanes; ++c) add(pairs.counts[c], pair_at(planes[c] + 2 * i), 1);
+        }
+        continue;
+      }
+      for (int c = 0; c < kPlanes; ++c) {
+        const uint16_t times = static_cast<uint16_t>(same[c] ? length : 1);
+        for (int64_t i = 0; i < length; i += times) {
+          add(pairs.counts[c], pair_at(planes[c] + 2 * i), times);
+        }
+      }
+    }
+    if (count % 2 == 0) return;
+    for (int c = 0; c < kPlanes; ++c) ++sums[c][in[c * stride + count - 1]];
+  });
+  add_up();
+  add_to_counts(rows, first_channel, sums[0], kPlanes);
 }
 
 }  // namespace
@@ -237,7 +322,13 @@ void channel_histogram_loop(const HistogramRows& rows, int64_t first, int64_t la
     if (step == 4) return count_blocks<4, 4, 4>(rows, 0, first, last);
     return count_blocks<4, 4, 0>(rows, 0, first, last);
   }
-  for (int64_t c = 0; c < rows.channels; ++c) {
+  int64_t c = 0;
+  if (pairs != nullptr && step == 1) {
+    for (; c + PairTables::kTables <= rows.channels; c += PairTables::kTables) {
+      count_paired_planes(rows, c, first, last, *pairs);
+    }
+  }
+  for (; c < rows.channels; ++c) {
     if (pairs != nullptr && step == 1) {
       count_paired_blocks<1, 1>(rows, c, first, last, *pairs);
     } else if (step == 1) {

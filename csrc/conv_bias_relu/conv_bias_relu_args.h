@@ -105,18 +105,59 @@ inline void ConvBiasReluCall::check_all() {
   for (int d = 0; d < 2; ++d) {
     check(stride[d] >= 1 && dilation[d] >= 1, kConvBiasRelu, "stride and dilation of at least 1");
     check(padding[2 * d] >= 0 && padding[2 * d + 1] >= 0, kConvBiasRelu, "padding of at least 0");
-    const int64_t reach = dilation[d] * (weights[2 + d] - 1) + 1;
-    const int64_t padded = view.sizes[2 + d] + padding[2 * d] + padding[2 * d + 1];
+    int64_t reach = 0, padded = 0;
+    const bool fits = !__builtin_mul_overflow(dilation[d], weights[2 + d] - 1, &reach) &&
+                      !__builtin_add_overflow(reach, int64_t{1}, &reach) &&
+                      !__builtin_add_overflow(padding[2 * d], padding[2 * d + 1], &padded) &&
+                      !__builtin_add_overflow(padded, view.sizes[2 + d], &padded);
+    check(fits, kConvBiasRelu, "a kernel and a padded input of less than 2^63, got padding ",
+          padding[2 * d], " and ", padding[2 * d + 1], ", dilation ", dilation[d]);
     check(padded >= reach, kConvBiasRelu, "a kernel that fits into the padded input (", padded,
           "), got one that reaches ", reach);
     output_sizes[2 + d] = (padded - reach) / stride[d] + 1;
   }
   for (const int64_t size : output_sizes) {
     check(!__builtin_mul_overflow(elements, size, &elements), kConvBiasRelu,
-          "a result that fits memory");
+          "a result that fits memory, got one of ", output_sizes[0], " x ", output_sizes[1], " x ",
+          output_sizes[2], " x ", output_sizes[3]);
   }
   const auto strides = dense_strides(output_sizes, channels_last);
   std::copy(strides.begin(), strides.end(), output_strides);
+}
+
+// --- our own kernels ---
+
+// What a kernel is told of a call; the values of the weight, the bias, the output and the activity
+// are added by whoever has them. `weight` lies as they will; `normalization` keeps the constants.
+inline ConvBiasReluArgs kernel_args(const ConvBiasReluCall& call, const Tensor& weight,
+                                    std::optional<NormalizeCall>& normalization) {
+  ConvBiasReluArgs args{};
+  args.input = call.input.const_data_ptr();
+  args.output_type = static_cast<ElementType>(call.dtype);
+  if (call.bytes()) {
+    args.input_type = ElementType::uint8;
+    normalization.emplace(call.input, call.mean, call.std, call.rounding,
+                          static_cast<int64_t>(InputLayout::nchw));
+    args.arithmetic = normalization->args.arithmetic;
+    args.scale = normalization->args.scale;
+    args.channels = normalization->args.channels;
+  } else {
+    args.input_type = float_type_of(kConvBiasRelu, call.input.scalar_type(), "input");
+  }
+  for (int d = 0; d < 4; ++d) {
+    args.input_sizes[d] = call.view.sizes[d];
+    args.input_strides[d] = call.view.strides[d];
+    args.weight_strides[d] = weight.strides()[d];
+    args.output_sizes[d] = call.output_sizes[d];
+    args.output_strides[d] = call.output_strides[d];
+  }
+  for (int d = 0; d < 2; ++d) {
+    args.kernel[d] = weight.size(2 + d);
+    args.stride[d] = call.stride[d];
+    args.dilation[d] = call.dilation[d];
+    args.padding[d] = call.padding[2 * d];
+  }
+  return args;
 }
 
 // --- torch's own convolution ---

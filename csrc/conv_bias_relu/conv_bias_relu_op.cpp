@@ -32,38 +32,14 @@ Tensor empty_output(const Call& call) {
 
 Tensor convolve_directly(const Call& call, const ChannelActivity& activity) {
   Tensor output = empty_output(call);
-  ConvBiasReluArgs args{};
-  args.input = call.input.const_data_ptr();
-  args.input_type =
-      call.bytes() ? ElementType::uint8 : float_type_of(kName, call.input.scalar_type(), "input");
-  std::optional<NormalizeCall> normalization;
-  if (call.bytes()) {
-    normalization.emplace(call.input, call.mean, call.std, call.rounding,
-                          static_cast<int64_t>(InputLayout::nchw));
-    args.arithmetic = normalization->args.arithmetic;
-    args.scale = normalization->args.scale;
-    args.channels = normalization->args.channels;
-  }
   const Tensor weight = to_float32(call.weight);
+  std::optional<NormalizeCall> normalization;
+  ConvBiasReluArgs args = kernel_args(call, weight, normalization);
   std::optional<Tensor> bias;
   if (call.bias.has_value()) bias = torch::stable::contiguous(to_float32(*call.bias));
   args.weight = static_cast<const float*>(weight.const_data_ptr());
   args.bias = bias.has_value() ? static_cast<const float*>(bias->const_data_ptr()) : nullptr;
-  for (int d = 0; d < 4; ++d) {
-    args.input_sizes[d] = call.view.sizes[d];
-    args.input_strides[d] = call.view.strides[d];
-    args.weight_strides[d] = weight.strides()[d];
-    args.output_sizes[d] = call.output_sizes[d];
-    args.output_strides[d] = call.output_strides[d];
-  }
-  for (int d = 0; d < 2; ++d) {
-    args.kernel[d] = weight.size(2 + d);
-    args.stride[d] = call.stride[d];
-    args.dilation[d] = call.dilation[d];
-    args.padding[d] = call.padding[2 * d];
-  }
   args.output = output.mutable_data_ptr();
-  args.output_type = static_cast<ElementType>(call.dtype);
   args.activity = activity;
   check(conv_bias_relu_cpu(args, torch_parallel_for) == 0, kName,
         "torch's threads to run the loop");

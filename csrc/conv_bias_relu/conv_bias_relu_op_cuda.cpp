@@ -63,32 +63,9 @@ Tensor empty_output(const ConvBiasReluCall& call, int32_t device) {
 
 Tensor convolve(const ConvBiasReluCall& call, const ChannelActivity& activity, bool allow_tf32,
                 int32_t device) {
-  ConvBiasReluCudaArgs args{};
-  ConvBiasReluArgs& to = args.call;
-  to.input = call.input.const_data_ptr();
-  to.input_type =
-      call.bytes() ? ElementType::uint8 : float_type_of(kName, call.input.scalar_type(), "input");
   std::optional<NormalizeCall> normalization;
-  if (call.bytes()) {
-    normalization.emplace(call.input, call.mean, call.std, call.rounding,
-                          static_cast<int64_t>(InputLayout::nchw));
-    to.arithmetic = normalization->args.arithmetic;
-    to.scale = normalization->args.scale;
-    to.channels = normalization->args.channels;
-  }
-  for (int d = 0; d < 4; ++d) {
-    to.input_sizes[d] = call.view.sizes[d];
-    to.input_strides[d] = call.view.strides[d];
-    to.weight_strides[d] = call.weight.strides()[d];
-    to.output_sizes[d] = call.output_sizes[d];
-    to.output_strides[d] = call.output_strides[d];
-  }
-  for (int d = 0; d < 2; ++d) {
-    to.kernel[d] = call.weight.size(2 + d);
-    to.stride[d] = call.stride[d];
-    to.dilation[d] = call.dilation[d];
-    to.padding[d] = call.padding[2 * d];
-  }
+  ConvBiasReluCudaArgs args{};
+  args.call = kernel_args(call, call.weight, normalization);
   std::optional<Tensor> bias;
   if (call.bias.has_value()) bias = torch::stable::contiguous(*call.bias);
   args.weight_type = float_type_of(kName, call.weight.scalar_type(), "weight");
@@ -97,9 +74,8 @@ Tensor convolve(const ConvBiasReluCall& call, const ChannelActivity& activity, b
   args.groups = call.groups;
   args.multiplication = multiplication_of(args.weight_type, allow_tf32, device);
   Tensor output = empty_output(call, device);
-  to.output = output.mutable_data_ptr();
-  to.output_type = static_cast<ElementType>(call.dtype);
-  to.activity = activity;
+  args.call.output = output.mutable_data_ptr();
+  args.call.activity = activity;
   const Tensor scratch = empty_bytes(conv_bias_relu_cuda_scratch_bytes(args), device);
   args.scratch = scratch.mutable_data_ptr();
   check_launch(kName, conv_bias_relu_cuda(args, current_cuda_stream(kName, device)));

@@ -1,7 +1,7 @@
 // Convolutions with fewer multiplications: Winograd's algorithm along the width.
 //
 // Two polynomials of m and r coefficients, evaluated at n = m + r - 1 points, need n products for
-// their own product, not m * r (Toom, Cook). Turned around, n products give m neighbouring outputs
+// their product, not m * r (Toom-Cook). Turned around, n products give m neighbouring outputs
 // of a filter of r taps (Winograd, Arithmetic complexity of computations, 1980; for neural networks
 // Lavin and Gray, arXiv:1509.09308):
 //

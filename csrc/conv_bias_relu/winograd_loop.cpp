@@ -16,6 +16,10 @@ namespace {
 // In registers: their sums, those of a run, and the weights.
 constexpr int kSumTiles = 3;
 
+// From a slot's sums to those of the next one: however many vectors there are, so that a slot that
+// no piece uses stays zero.
+constexpr int64_t kSlotFloats = kWinogradSumFloats / kWinogradSlots;
+
 // --- input ---
 
 // The pixels of a line, `residues` apart, come together: one of each tile.
@@ -137,7 +141,7 @@ constexpr int64_t sum_tile_count(int64_t left) {
 template <int vectors>
 [[gnu::always_inline]] inline void outputs_of(const float* sums, Vector bias,
                                               Vector (&y)[kWinogradOutputs]) {
-  constexpr int64_t slot = kWinogradTiles * vectors * kLanes;
+  constexpr int64_t slot = kSlotFloats;
   const Vector zero = load(sums + kWinogradZero * slot);
   y[0] = bias + zero;
   y[1] = bias;
@@ -219,7 +223,7 @@ void run_row(const ConvBiasReluJob& job, const RowBlock& row, float* sums) {
       } else {
         prefetch_rows(to, wanted, channel_step, pixels, slot);
       }
-      float* at = sums + slot * kWinogradTiles * vectors * kLanes;
+      float* at = sums + slot * kSlotFloats;
       for (int64_t t = 0; t < tiles;) {
         const int64_t count = sum_tile_count(tiles - t);
         kSums.of[vectors - 1][count - 1](run, last, row.lines, (first + t) * inputs, inputs, weight,

@@ -30,6 +30,7 @@ struct CropMirrorNormalizeArgs {
   Arithmetic arithmetic;
   float scale;                       // of Arithmetic::multiply
   const ChannelConstants* channels;  // [C], in host memory
+  bool past_caches;                  // as in NormalizeArgs
   const float* fill;  // [C], in host memory: results, rounded to dtype where they are written
 };
 

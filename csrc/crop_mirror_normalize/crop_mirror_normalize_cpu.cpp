@@ -71,8 +71,7 @@ NormalizeArgs part_of(const CropMirrorNormalizeArgs& args, const Band& rows) {
   part.arithmetic = args.arithmetic;
   part.scale = args.scale;
   part.channels = args.channels;
-  part.past_caches =
-      args.sizes[0] * args.output_strides[0] * element_bytes(args.dtype) >= kPastCachesBytes;
+  part.past_caches = args.past_caches;
   merge_rows(part.sizes, part.image_strides, part.output_strides);
   return part;
 }

@@ -68,7 +68,9 @@ Tensor empty_output(const std::vector<int64_t>& sizes, const std::vector<int64_t
 }  // namespace pixfuse
 
 int32_t pixfuse_crop_mirror_normalize(const pixfuse::CropMirrorNormalizeArgs* args) {
-  return pixfuse::crop_mirror_normalize_cpu(*args, torch_parallel_for);
+  pixfuse::CropMirrorNormalizeArgs own = *args;
+  own.past_caches = pixfuse::is_best_past_caches(own.output, own.sizes, own.dtype);
+  return pixfuse::crop_mirror_normalize_cpu(own, torch_parallel_for);
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pixfuse, m) {

@@ -217,7 +217,10 @@ ImageSource ImageReader::read_pillow(PyObject* original, Py_ssize_t index, Holde
   const Mode* mode = nullptr;
   py::object mode_name;
   try {
-    call(image.ptr(), name.load);  // a lazy file may change its mode and its size here
+    // A lazy file, which is of another class, may change its mode and its size here.
+    if (Py_TYPE(original) != reinterpret_cast<PyTypeObject*>(pillow_type_.ptr())) {
+      call(image.ptr(), name.load);
+    }
     mode_name = attribute(image.ptr(), name.mode);
     mode = find_mode(text_of(mode_name));
   } catch (py::error_already_set& error) {

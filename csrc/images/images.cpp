@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <cstring>
@@ -59,6 +60,19 @@ class ImageList {
       *to++ = image.channels;
     }
     return sizes;
+  }
+
+  // (height, width, channels) of every image; None where they differ.
+  py::object common() const {
+    const auto as_first = [&](const ImageSource& image) {
+      const ImageSource& first = sources_.front();
+      return image.height == first.height && image.width == first.width &&
+             image.channels == first.channels;
+    };
+    if (sources_.empty() || !std::all_of(sources_.begin(), sources_.end(), as_first)) {
+      return py::none();
+    }
+    return py::make_tuple(sources_[0].height, sources_[0].width, sources_[0].channels);
   }
 
   // Addresses come from tensors that the caller keeps alive: `output` has N * C * H * W elements of
@@ -181,6 +195,7 @@ PYBIND11_MODULE(_images, m) {
   py::class_<ImageList>(m, "ImageList")
       .def("__len__", &ImageList::size)
       .def_property_readonly("sizes", &ImageList::sizes)
+      .def_property_readonly("common", &ImageList::common)
       .def("crop_mirror_normalize", &ImageList::crop_mirror_normalize, py::arg("placements"),
            py::arg("channels"), py::arg("height"), py::arg("width"), py::arg("mean"),
            py::arg("std"), py::arg("rounding"), py::arg("fill"), py::arg("fill_is_output"),

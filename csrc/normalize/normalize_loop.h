@@ -14,12 +14,6 @@ static inline int64_t block_pixels(const NormalizeArgs& args) {
   return args.dtype == ElementType::float32 ? kMaxBlockPixels / 2 : kMaxBlockPixels;
 }
 
-// Outputs of so many bytes are stored past the caches: in them they would push out each other
-// before anybody reads them, and every line would be read from memory just to be overwritten. A
-// fixed size, since what the system says of the last cache is not to be trusted: that of several
-// sockets, or of all the virtual machines that share it.
-constexpr int64_t kPastCachesBytes = int64_t{24} << 20;
-
 static inline int64_t blocks_per_row(const NormalizeArgs& args) {
   return (args.sizes[3] + block_pixels(args) - 1) / block_pixels(args);
 }

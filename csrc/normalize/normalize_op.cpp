@@ -35,7 +35,9 @@ void normalize_out(const Tensor& images, const std::vector<double>& mean,
 }  // namespace pixfuse
 
 int32_t pixfuse_normalize(const pixfuse::NormalizeArgs* args) {
-  return pixfuse::normalize_cpu(*args, torch_parallel_for);
+  pixfuse::NormalizeArgs own = *args;
+  own.past_caches = pixfuse::is_best_past_caches(own.output, own.sizes, own.dtype);
+  return pixfuse::normalize_cpu(own, torch_parallel_for);
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pixfuse, m) {

@@ -15,6 +15,7 @@ from pixfuse._checks import check_bytes, tensor_of_array
 from pixfuse._library import ELEMENT_CODES
 
 _NAME = "crop_mirror_normalize"
+_CPU = torch.device("cpu")
 
 
 @dataclass
@@ -29,7 +30,7 @@ class Images:
     count: int
     #: (height, width, channels) of every image; None when they differ.
     common: tuple[int, int, int] | None
-    #: The same of each image, an array (N, 3); a list of them where torch.compile traces.
+    #: The same of each image where they differ, an array (N, 3); a list where torch.compile traces.
     each: Any
 
 
@@ -48,12 +49,9 @@ def read_images(images: Any) -> Images:
     ):
         return _read_tensors(images)
     memory = _images.read(images, _pillow_exports_memory())
-    sizes = memory.sizes
-    if bool((sizes == sizes[0]).all()):
-        height, width, channels = sizes[0].tolist()
-        common = (height, width, channels)
-        return Images(memory, [], torch.device("cpu"), len(sizes), common, sizes)
-    return Images(memory, [], torch.device("cpu"), len(sizes), None, sizes)
+    common = memory.common
+    each = memory.sizes if common is None else None
+    return Images(memory, [], _CPU, len(memory), common, each)
 
 
 def _pillow_exports_memory() -> bool:

@@ -13,6 +13,10 @@ class ImageList:
     def sizes(self) -> npt.NDArray[np.int64]:
         """(N, 3): height, width and channels of each image."""
 
+    @property
+    def common(self) -> tuple[int, int, int] | None:
+        """Height, width and channels of every image; None where they differ."""
+
     def __len__(self) -> int: ...
     def crop_mirror_normalize(
         self,

@@ -121,9 +121,14 @@ def placements_of(
         )
     if torch.compiler.is_compiling():
         return _traced_placements(images, size, anchor, top, left, mirror, flip, out_of_bounds)
+    placements = np.empty((images.count, 4), np.int64)
+    if images.common is not None and top is None:
+        same = _same_placement(images.common, size, anchor, mirror, flip)
+        if same is not None:
+            placements[:] = same
+            return torch.from_numpy(placements)
     sizes = np.array([images.common]) if images.common is not None else images.each
     slack = sizes[:, :2] - size
-    placements = np.empty((images.count, 4), np.int64)
     if top is None:
         offset = _anchors(anchor, images.count) * slack
         # rint() takes halves to even; both are what torchvision's center_crop does.
@@ -145,6 +150,24 @@ def placements_of(
                 f"{begin[n, 1]}; {_PAD_HINT}"
             )
     return torch.from_numpy(placements)
+
+
+def _same_placement(
+    common: tuple[int, int, int], size: tuple[int, int], anchor: Any, mirror: Any, flip: Any
+) -> tuple[int, int, bool, bool] | None:
+    """The one placement of images of one size, without numpy; None for all but plain cases."""
+    plain = type(mirror) is bool and type(flip) is bool and type(anchor) is tuple
+    if (
+        not plain
+        or len(anchor) != 2
+        or type(anchor[0]) is not float
+        or type(anchor[1]) is not float
+    ):
+        return None
+    vertical, horizontal = common[0] - size[0], common[1] - size[1]
+    if min(vertical, horizontal) < 0 or not (0 <= anchor[0] <= 1 and 0 <= anchor[1] <= 1):
+        return None
+    return round(anchor[0] * vertical), round(anchor[1] * horizontal), mirror, flip
 
 
 def _traced_placements(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -15,6 +16,9 @@ from pixfuse.activity import UnitActivity
 from pixfuse.normalization import Normalization
 
 Pair: TypeAlias = int | Sequence[int]
+
+#: Of 8 bytes each, more than anything can address.
+_MOST_ELEMENTS = 2**60
 
 
 class _Geometry(NamedTuple):
@@ -46,6 +50,12 @@ def conv_bias_relu(
     so that the normalized images never exist. Padding is zero in normalized space: borders are
     exact. The same bits for any number of threads; of up to 4 channels also for any batch size and
     layout. Between instruction sets the last bits may differ.
+
+    Bytes under large kernels (``kH * C`` of 20 or more and ``kW`` of twice the stride or more, as
+    in the first layers of ResNet and AlexNet) are summed up on the CPU by Winograd's algorithm
+    along the width, with half the multiplications. The error is then relative to the largest
+    magnitudes under 3 neighbouring outputs to each side, not under an output alone, and the last
+    bits are not those of normalized floats. A channel that no image can bring above 0 is 0 still.
 
     On CUDA, tensor cores multiply 16-bit weights, and float32 ones where torch allows TF32 for
     convolutions (``torch.backends.cudnn.conv.fp32_precision``, on unless you turn it off; under
@@ -93,7 +103,8 @@ def conv_bias_relu(
         torch.nn.functional.conv2d(input, weight, bias, stride, padding, dilation, groups).relu()
 
     Source:
-        ``torch.nn.functional.conv2d``, ``torch.nn.functional.relu``.
+        ``torch.nn.functional.conv2d``, ``torch.nn.functional.relu``; Lavin and Gray,
+        arXiv:1509.09308 (Winograd's algorithm).
     """
     if not isinstance(input, torch.Tensor):
         if not isinstance(input, np.ndarray):
@@ -230,6 +241,13 @@ def resolve_geometry(
         raise ValueError(
             "conv_bias_relu: expected a kernel that is not greater than the padded input size per "
             f"channel ({padded[0]} x {padded[1]}), got kernel size ({reach[0]} x {reach[1]})"
+        )
+    outputs = [(p - r) // s + 1 for p, r, s in zip(padded, reach, strides, strict=True)]
+    shape = (batch.shape[0], weight.shape[0], *outputs)
+    if math.prod(shape) >= _MOST_ELEMENTS or max(padded) >= _MOST_ELEMENTS:
+        raise ValueError(
+            "conv_bias_relu: expected a result that fits memory, got one of "
+            f"{' x '.join(map(str, shape))}"
         )
     return _Geometry(strides, sides, dilations)
 

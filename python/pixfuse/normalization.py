@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final, Literal, SupportsFloat, get_args
@@ -71,6 +72,10 @@ class Normalization:
         std: likewise; finite and above 0, also once rounded to float32.
         rounding: a name of the table above; default ``"torchvision"``.
 
+    Warns:
+        UserWarning: a mean above 1.5, or a std above 1.5 beside a mean above 1: most likely they
+            are in units of 0 to 255. They are taken as they are.
+
     Raises:
         TypeError: ``mean`` or ``std`` is not made of numbers, ``rounding`` is not a string.
         ValueError: a value is out of range, the lengths differ, the rounding is unknown, or some
@@ -121,11 +126,25 @@ class Normalization:
                 "Normalization: expected mean and std whose results fit float32, got results up to "
                 f"{largest:.3g} from mean={means} and std={stds}; use a larger std"
             )
+        _warn_of_bytes(means, stds)
         object.__setattr__(self, "mean", means)
         object.__setattr__(self, "std", stds)
         object.__setattr__(self, "rounding", rounding)
         object.__setattr__(self, "rounding_code", ROUNDING_CODES[rounding])
         object.__setattr__(self, "largest", largest)
+
+
+def _warn_of_bytes(means: tuple[float, ...], stds: tuple[float, ...]) -> None:
+    """Numbers of 0 to 255 are legal, and make almost every result the same."""
+    likely = max(means) > 1.5 or (max(stds) > 1.5 and max(means) > 1.0)
+    if not likely:
+        return
+    name, value = ("mean", max(means)) if max(means) > 1.5 else ("std", max(stds))
+    warnings.warn(
+        f"Normalization: {name} {value:g} is in units of 0..255, it seems; pixfuse takes units of "
+        "[0, 1]: divide mean and std by 255",
+        stacklevel=3,
+    )
 
 
 def _check_values(means: tuple[float, ...], stds: tuple[float, ...]) -> None:
