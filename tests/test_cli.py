@@ -562,7 +562,7 @@ def test_a_single_value_has_no_normalization(tmp_path: Path) -> None:
         (["stats", ".", "--folds", "1"], "1 is not in the range x>=2"),
         (["show", __file__, "--normalization", "imagnet"], "expected one of unit, signed"),
         (["show", __file__, "--normalization", "0/0"], "expected std to be above 0"),
-        (["show", __file__, "--normalization", "1,2/1"], "expected mean and std of 1 or 3"),
+        (["show", __file__, "--normalization", "0.1,0.2/1"], "expected mean and std of 1 or 3"),
         (["bench", "--rounds", "0"], "0 is not in the range x>=1"),
     ],
 )

@@ -1321,3 +1321,34 @@ def test_the_operator_asserts_the_same(case: str) -> None:
 def test_arrays_are_images() -> None:
     with pytest.raises(TypeError, match=r"expected images of dtype uint8, got float64"):
         pixfuse.conv_bias_relu(np.zeros((1, 3, 8, 8)), WEIGHT, normalization=pixfuse.UNIT)
+
+
+# --- large outputs, which are stored past the caches where a pixel is whole lines of these ---
+
+
+@pytest.mark.parametrize(
+    ("outputs", "kernel", "stride"), [(64, 7, 2), (96, 7, 2), (64, 3, 1), (40, 4, 2)]
+)
+def test_outputs_beyond_the_caches(isa: str, outputs: int, kernel: int, stride: int) -> None:
+    image = random_bytes(1, 3, 56 * stride + 3, 56 * stride + 3)
+    weight, bias = torch.randn(outputs, 3, kernel, kernel), torch.randn(outputs)
+
+    def convolve(images: torch.Tensor) -> tuple[torch.Tensor, pixfuse.UnitActivity]:
+        return pixfuse.conv_bias_relu(
+            images.contiguous(memory_format=torch.channels_last),
+            weight,
+            bias,
+            stride=stride,
+            padding=kernel // 2,
+            normalization=pixfuse.IMAGENET,
+        )
+
+    count = (25 << 20) // convolve(image)[0].nbytes + 1
+    images = random_bytes(count, *image.shape[1:])
+    large, activity = convolve(images)
+    assert large.nbytes > 24 << 20
+    assert large.is_contiguous(memory_format=torch.channels_last)
+    parts = [convolve(part) for part in images.split(8)]
+    assert torch.equal(large, torch.cat([output for output, _ in parts]))
+    assert torch.equal(activity.active, (large > 0).sum((0, 2, 3)))
+    assert torch.equal(activity.active, sum(counted.active for _, counted in parts))

@@ -38,6 +38,7 @@ struct Tile {
   int64_t pixel_step;  // floats from one output pixel's taps to the next one's
   const float* weight;
   const float* bias;
+  bool past_caches;  // where the place is pixels
   Counts* counts;
 };
 
@@ -51,12 +52,13 @@ template <Place place, int vectors, int pixels>
 void run_tile(const Tile& tile, float* out, int64_t step) {
   // The stores come after so much arithmetic that their lines can be in the cache by then.
   if constexpr (place == Place::pixels) {
-    unrolled<pixels>([&](auto q) __attribute__((always_inline)) {
-      constexpr int kLineFloats = 16, lines = (vectors * kLanes + kLineFloats - 1) / kLineFloats;
-      unrolled<lines>([&](auto line) __attribute__((always_inline)) {
-        __builtin_prefetch(out + q.value * step + line.value * kLineFloats, 1);
+    if (!tile.past_caches)
+      unrolled<pixels>([&](auto q) __attribute__((always_inline)) {
+        constexpr int kLineFloats = 16, lines = (vectors * kLanes + kLineFloats - 1) / kLineFloats;
+        unrolled<lines>([&](auto line) __attribute__((always_inline)) {
+          __builtin_prefetch(out + q.value * step + line.value * kLineFloats, 1);
+        });
       });
-    });
   } else if constexpr (place == Place::planes) {
     unrolled<kLanes>([&](auto c) __attribute__((always_inline)) {
       __builtin_prefetch(out + c.value * step, 1);
@@ -103,7 +105,10 @@ void run_tile(const Tile& tile, float* out, int64_t step) {
       y = relu(y);
       active = count_positive(active, y);
       total += y;
-      if constexpr (place == Place::pixels) store(out + q.value * step + v.value * kLanes, y);
+      if constexpr (place == Place::pixels) {
+        float* const to = out + q.value * step + v.value * kLanes;
+        tile.past_caches ? store_past_caches(to, y) : store(to, y);
+      }
     });
     tile.counts->active[v.value] = active;
     tile.counts->sum[v.value] = total;
@@ -241,12 +246,14 @@ void run_items(const ConvBiasReluJob& job, int64_t first, int64_t last, const Sc
                     pixel_step,
                     job.weight + row.channel * taps,
                     job.bias + row.channel,
+                    job.past_caches,
                     nullptr};
     T* out = static_cast<T*>(args.output) + row.output_offset;
     run_row<T>(row.vectors, job, tile, args.output_sizes[1] - row.channel, row.totals, out,
                row.stage);
   };
   run_rows(job, first, last, scratch, fill, run_block);
+  if (job.past_caches) finish_past_caches();
 }
 
 }  // namespace

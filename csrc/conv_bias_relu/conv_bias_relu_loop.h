@@ -37,6 +37,7 @@ struct ConvBiasReluJob {
   const float* weight;           // [block][kernel row][tap][channel of the block], aligned
   const WinogradPlan* winograd;  // or null; with it, weights are packed as it says
   const float* bias;             // [vectors * lanes], aligned
+  bool past_caches;              // outputs are stored so
   bool interleaved_lines;        // lines hold pixels side by side; else one run for each channel
   int64_t line_pixels;           // as many as the kernel reaches, padding included
   int64_t line_floats;           // of a line, aligned

@@ -36,6 +36,24 @@ inline Vector load(const float* from) {
 
 inline void store(float* to, Vector v) { __builtin_memcpy(to, &v, sizeof v); }
 
+// Past the caches, where the machine can: `to` is aligned to the vector. Whoever is told that the
+// work is done sees it after finish_past_caches().
+inline void store_past_caches(float* to, Vector v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(to, (__m512)v);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(to, (__m256)v);
+#else
+  store(to, v);
+#endif
+}
+
+inline void finish_past_caches() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
 // Minus zero leaves every value as it is, so the compiler leaves it out.
 inline Vector broadcast(float value) { return value - Vector{}; }
 

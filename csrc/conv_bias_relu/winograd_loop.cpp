@@ -162,7 +162,7 @@ template <int vectors>
 // ReLU and counts too, where an output has its channels side by side.
 template <int vectors, bool is_finished>
 void take_outputs(const float* sums, const float* bias, int64_t pixels, float* out, int64_t step,
-                  Counts& counts) {
+                  bool past_caches, Counts& counts) {
   Counts all = counts;
   for (int64_t p = 0; p < pixels; p += kWinogradOutputs) {
     unrolled<vectors>([&](auto v) __attribute__((always_inline)) {
@@ -176,7 +176,8 @@ void take_outputs(const float* sums, const float* bias, int64_t pixels, float* o
           all.active[v.value] = count_positive(all.active[v.value], y[q.value]);
           all.sum[v.value] += y[q.value];
         }
-        store(out + (p + q.value) * step + v.value * kLanes, y[q.value]);
+        float* const to = out + (p + q.value) * step + v.value * kLanes;
+        past_caches ? store_past_caches(to, y[q.value]) : store(to, y[q.value]);
       });
     });
   }
@@ -218,7 +219,9 @@ void run_row(const ConvBiasReluJob& job, const RowBlock& row, float* sums) {
       const WinogradRun* const last = plan.runs + plan.first_run[slot + 1];
       if (run == last) continue;
       // The stores come after so much arithmetic that their lines can be in the cache by then.
-      if (channel_step == 1) {
+      if (job.past_caches) {
+        // then there is nothing to be read
+      } else if (channel_step == 1) {
         prefetch_rows(to, pixels, pixel_step, wanted, slot);
       } else {
         prefetch_rows(to, wanted, channel_step, pixels, slot);
@@ -237,12 +240,12 @@ void run_row(const ConvBiasReluJob& job, const RowBlock& row, float* sums) {
     bool done = false;
     if constexpr (__is_same(T, float)) {
       if (channels >= vectors * kLanes && channel_step == 1) {
-        take_outputs<vectors, true>(sums, bias, pixels, to, pixel_step, counts);
+        take_outputs<vectors, true>(sums, bias, pixels, to, pixel_step, job.past_caches, counts);
         done = true;
       }
     }
     if (!done) {
-      take_outputs<vectors, false>(sums, bias, pixels, row.stage, vectors * kLanes, counts);
+      take_outputs<vectors, false>(sums, bias, pixels, row.stage, vectors * kLanes, false, counts);
       counts = finish<T, vectors>(row.stage, pixels);
       if (channel_step == 1) {
         store_pixels<T, vectors>(row.stage, pixels, channels, to, pixel_step);
@@ -282,6 +285,7 @@ void run_items(const ConvBiasReluJob& job, int64_t first, int64_t last, const Sc
   };
   const auto run_block = [&](const RowBlock& row) { run_vectors<T>(job, row, sums); };
   run_rows(job, first, last, scratch, fill, run_block);
+  if (job.past_caches) finish_past_caches();
 }
 
 }  // namespace

@@ -213,6 +213,7 @@ bool run_convolution(const Case& test, ElementType input_type, ElementType outpu
   args.bias = bias.floats();
   args.output = output.data();
   args.output_type = output_type;
+  args.past_caches = next_number() % 2 == 0;
   Counted counted(test.outputs);
   args.activity = counted.pointers();
   if (conv_bias_relu_cpu(args, parallel_for) != 0) return false;
