@@ -47,7 +47,7 @@ struct ConvBiasReluArgs {
   ElementType output_type;
   int64_t output_sizes[4];
   int64_t output_strides[4];
-  bool past_caches;  // CPU: float32 pixels that are whole cache lines are stored past the caches
+  bool past_caches;  // CPU: floats that fill whole lines of the caches are stored past them
   ChannelActivity activity;
 };
 

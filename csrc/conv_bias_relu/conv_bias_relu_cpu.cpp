@@ -148,11 +148,15 @@ int32_t conv_bias_relu_cpu(const ConvBiasReluArgs& args, ParallelFor parallel_fo
   const bool planes = args.output_strides[1] != 1 && !winograd.has_value();
   const int64_t most = loops.max_vectors(planes && args.output_type == ElementType::float32);
   job.blocks = {loops.lanes, vectors, (vectors + most - 1) / most};
-  // A line of the caches that is stored past them in part takes longer than through them.
-  constexpr int64_t kLineBytes = 64;
+  // A line of the caches that is stored past them in part takes longer than through them. So all
+  // lines are whole, and those of planes, which only Winograd's way stores so, whole vectors.
+  constexpr int64_t kLineBytes = 64, kLineFloats = kLineBytes / sizeof(float);
+  const bool pixels_are_lines = args.output_strides[1] == 1 && outputs % kLineFloats == 0;
+  const bool rows_are_lines = winograd.has_value() && loops.lanes == kLineFloats &&
+                              outputs % loops.lanes == 0 && args.output_strides[3] == 1 &&
+                              width % kLineFloats == 0;
   job.past_caches = args.past_caches && args.output_type == ElementType::float32 &&
-                    args.output_strides[1] == 1 &&
-                    outputs * static_cast<int64_t>(sizeof(float)) % kLineBytes == 0 &&
+                    (pixels_are_lines || rows_are_lines) &&
                     reinterpret_cast<uintptr_t>(args.output) % kLineBytes == 0;
   job.taps_per_row = args.kernel[1] * channels;
   job.interleaved_lines =

@@ -101,9 +101,11 @@ void store_pixels(const float* stage, int64_t pixels, int64_t channels, T* out, 
   }
 }
 
-// From the stage to an output whose pixels of a channel lie side by side.
+// From the stage to an output whose pixels of a channel lie side by side; past the caches only
+// whole vectors.
 template <class T, int vectors>
-void store_planes(const float* stage, int64_t pixels, int64_t channels, T* out, int64_t plane) {
+void store_planes(const float* stage, int64_t pixels, int64_t channels, T* out, int64_t plane,
+                  bool past_caches = false) {
   for (int v = 0; v < vectors; ++v) {
     const int64_t left = channels - v * kLanes;
     if (left <= 0) break;
@@ -117,6 +119,12 @@ void store_planes(const float* stage, int64_t pixels, int64_t channels, T* out, 
       transpose<kLanes / 2>(square);
       T* to = out + v * kLanes * plane + p;
       if (wanted == kLanes && count == kLanes) {
+        if constexpr (__is_same(T, float)) {
+          if (past_caches) {
+            for (int c = 0; c < kLanes; ++c) store_past_caches(to + c * plane, square[c]);
+            continue;
+          }
+        }
         for (int c = 0; c < kLanes; ++c) store_exact(to + c * plane, square[c]);
       } else {
         for (int64_t c = 0; c < wanted; ++c) store_exact(to + c * plane, square[c], count);

@@ -250,7 +250,7 @@ void run_row(const ConvBiasReluJob& job, const RowBlock& row, float* sums) {
       if (channel_step == 1) {
         store_pixels<T, vectors>(row.stage, pixels, channels, to, pixel_step);
       } else {
-        store_planes<T, vectors>(row.stage, pixels, channels, to, channel_step);
+        store_planes<T, vectors>(row.stage, pixels, channels, to, channel_step, job.past_caches);
       }
     }
     add_counts<vectors>(counts, row.totals, to, pixels, channels, pixel_step, channel_step);
