@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pixfuse
+from pixfuse import functional
 from pixfuse._images import normalize_small
 from tests.bits import assert_same_bits
 from tests.images import LAYOUTS, random_bytes
@@ -184,6 +185,21 @@ def test_many_threads() -> None:
 
 
 # --- when it is taken ---
+
+
+def test_normalize_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    results: list[torch.Tensor | None] = []
+
+    def recorded(*args: Any) -> torch.Tensor | None:
+        results.append(normalize_small(*args))
+        return results[-1]
+
+    monkeypatch.setattr(functional, "normalize_small", recorded)
+    images, out = random_bytes(3, 8, 8), torch.empty(3, 8, 8)
+    result = pixfuse.normalize(images, pixfuse.IMAGENET)
+    assert results.pop() is result
+    assert pixfuse.normalize(images, pixfuse.IMAGENET, out=out) is out
+    assert results.pop() is out
 
 
 def test_only_when_small() -> None:
