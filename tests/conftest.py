@@ -10,6 +10,7 @@ import torch
 from pixfuse import _library
 from tests.build_cache import PROCESSES, digest
 from tests.cuda_on_cpu.toolchain import ROOT, Toolchain, programs_of
+from tests.isas import WITH_OWN_LOOPS
 
 # The same examples in every run; `--hypothesis-profile=explore` looks further.
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
@@ -68,14 +69,14 @@ def cuda() -> torch.device:
     return torch.device("cuda")
 
 
-@pytest.fixture(params=_library.available_isas())
+@pytest.fixture(params=WITH_OWN_LOOPS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every instruction set that this machine can run, in force while the test runs."""
     with _library.use_isa(request.param):
         yield request.param
 
 
-@pytest.fixture(params=[*(f"cpu-{isa}" for isa in _library.available_isas()), "cuda"])
+@pytest.fixture(params=[*(f"cpu-{isa}" for isa in WITH_OWN_LOOPS), "cuda"])
 def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     """Every place where a kernel runs: the CPU with each instruction set, and the GPU."""
     kind, _, isa = request.param.partition("-")

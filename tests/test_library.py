@@ -7,14 +7,17 @@ import subprocess
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import pixfuse
 from benchmarks.torchvision_import import import_torchvision
+from pixfuse._library import available_isas
 from tests.bits import assert_same_bits
 from tests.images import random_bytes
+from tests.isas import WITH_OWN_LOOPS
 
 PACKAGE = Path(pixfuse.__file__).parent
 # The last one is what `make cuda` leaves, also where torch has no CUDA.
@@ -148,6 +151,29 @@ def test_use_isa_goes_back_after_an_error() -> None:
     with pytest.raises(ZeroDivisionError), pixfuse._library.use_isa("portable"):
         raise ZeroDivisionError
     assert pixfuse.info()["isa"] == before
+
+
+@pytest.mark.skipif(available_isas() == WITH_OWN_LOOPS, reason="this machine has no amx")
+def test_amx_runs_the_loops_of_avx512() -> None:
+    """But for the convolutions of `csrc/conv_bias_relu/digits.h`."""
+    images = torch.randint(0, 256, (3, 3, 61, 67), dtype=torch.uint8)
+    weight = torch.randn(8, 3, 3, 3)
+    calls: list[Callable[[], Any]] = [
+        lambda: pixfuse.normalize(images, pixfuse.IMAGENET),
+        lambda: pixfuse.crop_mirror_normalize(images, 32, pixfuse.IMAGENET, mirror=True),
+        lambda: pixfuse.channel_histogram(images),
+        lambda: pixfuse.image_moments(images)[0],
+        lambda: pixfuse.standardize_per_image(images),
+        lambda: pixfuse.denormalize(images / 300 - 0.1, pixfuse.UNIT),
+        lambda: pixfuse.conv_bias_relu(images, weight, normalization=pixfuse.IMAGENET)[0],
+        lambda: pixfuse.conv_bias_relu(images / 255, weight.repeat(1, 1, 3, 3))[0],
+    ]
+    for call in calls:
+        results = []
+        for isa in ("avx512", "amx"):
+            with pixfuse._library.use_isa(isa):
+                results.append(call())
+        assert torch.equal(*results)
 
 
 # --- the package ---

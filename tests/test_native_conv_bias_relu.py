@@ -2,23 +2,32 @@
 
 import pytest
 
+from pixfuse._library import ISA_CODES
 from tests.native.toolchain import (
     BUILDS,
     Program,
     assert_notices,
     assert_passes,
     assert_shares_no_function,
+    native_isas,
 )
 
 CONV_BIAS_RELU = Program(
     "test_conv_bias_relu_loop.cpp",
-    ("common/isa.cpp", "conv_bias_relu/conv_bias_relu_cpu.cpp", "conv_bias_relu/winograd.cpp"),
+    (
+        "common/isa.cpp",
+        "conv_bias_relu/bounds.cpp",
+        "conv_bias_relu/conv_bias_relu_cpu.cpp",
+        "conv_bias_relu/digits.cpp",
+        "conv_bias_relu/winograd.cpp",
+    ),
     (
         "conv_bias_relu/conv_bias_relu_loop.cpp",
         "conv_bias_relu/relu_count_loop.cpp",
         "conv_bias_relu/winograd_loop.cpp",
     ),
     cases=250,
+    tiles=("conv_bias_relu/digits_loop.cpp",),
 )
 
 
@@ -40,6 +49,13 @@ PLANTED = [
     ("plain", "short_input", None),
     ("plain", "short_output", None),
     ("plain", "wrong_value", "expected"),
+    ("sanitized amx", "short_output", "heap-buffer-overflow"),
+    ("sanitized amx", "wrong_value", "expected"),
+    ("sanitized amx", "wrong_count", "counted"),
+    ("thread amx", "race", "data race"),
+    ("plain amx", "short_input", None),
+    ("plain amx", "short_output", None),
+    ("plain amx", "wrong_value", "expected"),
     ("aarch64", "short_output", None),
     ("aarch64", "wrong_value", "expected"),
 ]
@@ -47,7 +63,11 @@ PLANTED = [
 
 @pytest.mark.parametrize(("name", "fault", "words"), PLANTED)
 def test_planted_faults_are_noticed(name: str, fault: str, words: str | None) -> None:
-    assert_notices(CONV_BIAS_RELU, name, fault, words)
+    name, _, isa = name.partition(" ")
+    if isa and isa not in native_isas(name):
+        pytest.skip(f"{isa} cannot run here")
+    only = [f"isa={ISA_CODES[isa]}"] if isa else []
+    assert_notices(CONV_BIAS_RELU, name, fault, words, *only)
 
 
 @pytest.mark.parametrize("name", ["plain", "aarch64"])

@@ -1,5 +1,10 @@
 #include "common/isa.h"
 
+#if defined(__x86_64__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
@@ -12,8 +17,11 @@ struct Level {
   Isa isa;
   const char* name;
 };
-constexpr Level kLevels[] = {
-    {Isa::portable, "portable"}, {Isa::avx2, "avx2"}, {Isa::avx512, "avx512"}, {Isa::neon, "neon"}};
+constexpr Level kLevels[] = {{Isa::portable, "portable"},
+                             {Isa::avx2, "avx2"},
+                             {Isa::avx512, "avx512"},
+                             {Isa::amx, "amx"},
+                             {Isa::neon, "neon"}};
 
 std::string available_names() {
   std::string names;
@@ -42,6 +50,22 @@ Isa choose_isa() {
       " on this machine, got '" + forced + "'; unset it to let pixfuse choose");
 }
 
+#if defined(__x86_64__)
+// Tiles are registers so large that a process must ask Linux for them, once.
+bool tiles_available() {
+#if defined(PIXFUSE_PLAIN_TILES)
+  return true;
+#else
+  static const bool available = [] {
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;  // asm/prctl.h
+    return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
+           syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  }();
+  return available;
+#endif
+}
+#endif
+
 std::atomic<Isa>& active() {
   static std::atomic<Isa> isa{choose_isa()};  // stays unset, and throws again, while it throws
   return isa;
@@ -61,6 +85,8 @@ bool isa_available(Isa isa) {
       return isa_available(Isa::avx2) && __builtin_cpu_supports("avx512f") &&
              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    case Isa::amx:
+      return isa_available(Isa::avx512) && tiles_available();
 #elif defined(__aarch64__)
     case Isa::neon:
       return true;
@@ -68,6 +94,14 @@ bool isa_available(Isa isa) {
     default:
       return false;
   }
+}
+
+bool stores_past_caches_fast() {
+#if defined(__x86_64__)
+  return __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
 }
 
 Isa active_isa() { return active().load(std::memory_order_relaxed); }

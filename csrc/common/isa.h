@@ -6,7 +6,8 @@ namespace pixfuse {
 
 // In the order of preference: the last one that the machine has is taken. The names are in
 // python/pixfuse/_library.py.
-enum class Isa : int32_t { portable = 0, avx2 = 1, avx512 = 2, neon = 3 };
+// `amx` is `avx512` with a matrix unit for bytes, which only some operators have a loop for.
+enum class Isa : int32_t { portable = 0, avx2 = 1, avx512 = 2, neon = 3, amx = 4 };
 
 // Whether loops for this level were compiled in and this machine can run them.
 bool isa_available(Isa isa);
@@ -14,6 +15,10 @@ bool isa_available(Isa isa);
 // The level in use. PIXFUSE_ISA forces one; throws std::invalid_argument when it names a level
 // that does not exist or that this machine cannot run.
 Isa active_isa();
+
+// Whether a core stores as much past its caches as through them where it does little else: AMD's
+// do; Intel's keep too few of these stores on the way.
+bool stores_past_caches_fast();
 
 // For tests and benchmarks, which compare levels within one process; throws as above.
 void set_active_isa(Isa isa);

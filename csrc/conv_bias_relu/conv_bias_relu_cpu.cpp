@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "common/isa.h"
+#include "conv_bias_relu/digits_plan.h"
 #include "conv_bias_relu/winograd_plan.h"
 
 namespace pixfuse {
@@ -27,6 +28,8 @@ struct Loops {
   void (*convolve)(const ConvBiasReluJob&, int64_t first, int64_t last, const Scratch&);
   void (*winograd)(const ConvBiasReluJob&, int64_t first, int64_t last, const Scratch&);
   void (*relu_count)(const ReluCountJob&, int64_t first, int64_t last);
+  // Where there is a matrix unit, else null.
+  void (*digits)(const ConvBiasReluJob&, int64_t first, int64_t last, const Scratch&) = nullptr;
 };
 
 Loops loops_for(Isa isa) {
@@ -38,6 +41,9 @@ Loops loops_for(Isa isa) {
     case Isa::avx512:
       return {avx512::vector_lanes(), avx512::max_vectors, avx512::conv_bias_relu_loop,
               avx512::winograd_loop, avx512::relu_count_loop};
+    case Isa::amx:
+      return {avx512::vector_lanes(), avx512::max_vectors,     avx512::conv_bias_relu_loop,
+              avx512::winograd_loop,  avx512::relu_count_loop, amx::digits_loop};
 #elif defined(__aarch64__)
     case Isa::neon:
       return {neon::vector_lanes(), neon::max_vectors, neon::conv_bias_relu_loop,
@@ -143,18 +149,30 @@ int32_t conv_bias_relu_cpu(const ConvBiasReluArgs& args, ParallelFor parallel_fo
   ConvBiasReluJob job{};
   job.args = args;
   std::optional<Winograd> winograd;
-  if (winograd_suits(args)) winograd.emplace(args);
+  std::optional<Digits> digits;
   const int64_t vectors = (outputs + loops.lanes - 1) / loops.lanes;
-  const bool planes = args.output_strides[1] != 1 && !winograd.has_value();
+  std::optional<Bounds> bounds;
+  if (args.input_type == ElementType::uint8) {
+    bounds.emplace(args);
+    if (loops.digits != nullptr && digits_suit(args, *bounds)) {
+      digits.emplace(args, vectors * loops.lanes);
+    } else if (winograd_suits(args, *bounds)) {
+      winograd.emplace(args);
+    }
+  }
+  // Rounding there could wake a channel that no image can fire; without weights and bias it cannot.
+  const bool direct = !digits.has_value() && !winograd.has_value();
+  const std::vector<bool> dead =
+      direct ? std::vector<bool>(static_cast<size_t>(outputs)) : bounds->dead_channels();
+  const bool planes = args.output_strides[1] != 1 && direct;
   const int64_t most = loops.max_vectors(planes && args.output_type == ElementType::float32);
   job.blocks = {loops.lanes, vectors, (vectors + most - 1) / most};
   // A line of the caches that is stored past them in part takes longer than through them. So all
-  // lines are whole, and those of planes, which only Winograd's way stores so, whole vectors.
+  // lines are whole, and those of planes, which the direct way does not store so, whole vectors.
   constexpr int64_t kLineBytes = 64, kLineFloats = kLineBytes / sizeof(float);
   const bool pixels_are_lines = args.output_strides[1] == 1 && outputs % kLineFloats == 0;
-  const bool rows_are_lines = winograd.has_value() && loops.lanes == kLineFloats &&
-                              outputs % loops.lanes == 0 && args.output_strides[3] == 1 &&
-                              width % kLineFloats == 0;
+  const bool rows_are_lines = !direct && loops.lanes == kLineFloats && outputs % loops.lanes == 0 &&
+                              args.output_strides[3] == 1 && width % kLineFloats == 0;
   job.past_caches = args.past_caches && args.output_type == ElementType::float32 &&
                     (pixels_are_lines || rows_are_lines) &&
                     reinterpret_cast<uintptr_t>(args.output) % kLineBytes == 0;
@@ -169,6 +187,11 @@ int32_t conv_bias_relu_cpu(const ConvBiasReluArgs& args, ParallelFor parallel_fo
     job.line_pixels = winograd->line_pixels;
     job.line_floats = job.winograd->points * job.winograd->point_floats;
     weights_per_output = job.winograd->weights_per_output;
+  } else if (digits.has_value()) {
+    job.digits = &digits->plan;
+    job.line_pixels = digits->line_pixels;
+    job.line_floats = round_up(job.line_pixels, 16);
+    weights_per_output = digits->weight_bytes_per_output() / static_cast<int64_t>(sizeof(float));
   }
   const int64_t padded = vectors * loops.lanes;
   const int64_t weight_floats = weights_per_output * padded;
@@ -188,13 +211,17 @@ int32_t conv_bias_relu_cpu(const ConvBiasReluArgs& args, ParallelFor parallel_fo
   job.tap_offsets = offsets.data();
   const AlignedArray<float> weight(weight_floats), bias(padded);
   if (weight.get() == nullptr || bias.get() == nullptr) throw std::bad_alloc();
+  const float* added = args.bias;
   if (winograd.has_value()) {
-    winograd->pack_weight(args, job.blocks, weight.get());
+    winograd->pack_weight(args, job.blocks, dead, weight.get());
+  } else if (digits.has_value()) {
+    digits->pack_weight(args, *bounds, dead, reinterpret_cast<int8_t*>(weight.get()));
+    added = digits->bias.data();
   } else {
     pack_weight(job, weight.get());
   }
   for (int64_t o = 0; o < padded; ++o) {
-    bias.get()[o] = args.bias != nullptr && o < outputs ? args.bias[o] : 0.0f;
+    bias.get()[o] = added != nullptr && o < outputs && !dead[o] ? added[o] : 0.0f;
   }
   job.weight = weight.get();
   job.bias = bias.get();
@@ -220,7 +247,9 @@ int32_t conv_bias_relu_cpu(const ConvBiasReluArgs& args, ParallelFor parallel_fo
       shared.no_memory = true;
       return;
     }
-    const auto convolve = job.winograd != nullptr ? shared.loops.winograd : shared.loops.convolve;
+    const auto convolve = job.digits != nullptr     ? shared.loops.digits
+                          : job.winograd != nullptr ? shared.loops.winograd
+                                                    : shared.loops.convolve;
     convolve(job, first, last, {floats.get(), held_rows.get(), wanted.get()});
   };
   const int64_t item_rows = height < kItemRows ? height : kItemRows;

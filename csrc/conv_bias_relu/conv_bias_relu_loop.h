@@ -1,6 +1,7 @@
 // The loops of one instruction set, as conv_bias_relu_cpu.cpp sees them. The two loop files are
 // compiled once for each namespace below.
 #pragma once
+#include "conv_bias_relu/digits.h"
 #include "conv_bias_relu/winograd.h"
 
 namespace pixfuse {
@@ -36,6 +37,7 @@ struct ConvBiasReluJob {
   const int64_t* tap_offsets;    // [taps_per_row] floats from a pixel to its taps in a line
   const float* weight;           // [block][kernel row][tap][channel of the block], aligned
   const WinogradPlan* winograd;  // or null; with it, weights are packed as it says
+  const DigitsPlan* digits;      // the same
   const float* bias;             // [vectors * lanes], aligned
   bool past_caches;              // outputs are stored so
   bool interleaved_lines;        // lines hold pixels side by side; else one run for each channel
@@ -61,7 +63,8 @@ constexpr int64_t kStagePixels = 48;
 constexpr int64_t kStageFloats = kStagePixels * 64;
 static inline int64_t scratch_floats(const ConvBiasReluJob& job) {
   return (job.lines + 1) * job.line_floats + kStageFloats +
-         (job.winograd != nullptr ? job.winograd->scratch_floats : 0);
+         (job.winograd != nullptr ? job.winograd->scratch_floats : 0) +
+         (job.digits != nullptr ? job.digits->scratch_floats : 0);
 }
 
 // Memory of one thread.
@@ -109,6 +112,9 @@ void conv_bias_relu_loop(const ConvBiasReluJob& job, int64_t first, int64_t last
 void winograd_loop(const ConvBiasReluJob& job, int64_t first, int64_t last, const Scratch& scratch);
 void relu_count_loop(const ReluCountJob& job, int64_t first, int64_t last);
 }  // namespace avx512
+namespace amx {
+void digits_loop(const ConvBiasReluJob& job, int64_t first, int64_t last, const Scratch& scratch);
+}  // namespace amx
 namespace neon {
 int64_t vector_lanes();
 int64_t max_vectors(bool planes_of_floats);

@@ -6,9 +6,10 @@
 namespace pixfuse::PIXFUSE_ISA {
 namespace {
 
-// One block of channels of one output row.
+// One block of channels of one output row, or of a few.
 struct RowBlock {
-  const float* const* lines;  // [kernel rows]
+  int64_t rows;
+  const float* const* lines;  // [rows][kernel rows]
   int64_t vectors;
   int64_t channel;        // the first one
   int64_t output_offset;  // elements, to the first channel's first pixel
@@ -17,10 +18,11 @@ struct RowBlock {
 };
 
 // Does the items [first, last). fill(image, row, line) brings a row of the input into a line, which
-// is zeros or an older one of the same kind; run_block(RowBlock) computes.
+// is zeros or an older one of the same kind; run_block(RowBlock) computes, up to `most_rows` rows
+// of those whose lines are held.
 template <class Fill, class RunBlock>
 void run_rows(const ConvBiasReluJob& job, int64_t first, int64_t last, const Scratch& scratch,
-              const Fill& fill, const RunBlock& run_block) {
+              const Fill& fill, const RunBlock& run_block, int64_t most_rows = 1) {
   const ConvBiasReluArgs& args = job.args;
   float* const lines = scratch.floats;
   int64_t* const held_rows = scratch.held_rows;
@@ -68,8 +70,9 @@ void run_rows(const ConvBiasReluJob& job, int64_t first, int64_t last, const Scr
       for (int64_t block = 0; block < job.blocks.count; ++block) {
         const int64_t vector = job.blocks.first_vector(block);
         const int64_t channel = vector * kLanes;
-        for (int64_t y = row; y < row_end; ++y) {
+        for (int64_t y = row; y < row_end; y += most_rows) {
           run_block(RowBlock{
+              row_end - y < most_rows ? row_end - y : most_rows,
               scratch.wanted + (y - row) * kernel_rows,
               job.blocks.first_vector(block + 1) - vector,
               channel,

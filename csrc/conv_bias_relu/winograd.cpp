@@ -1,95 +1,17 @@
 // When the convolution by winograd.h pays, and what its loop needs.
 #include <algorithm>
-#include <cmath>
 
 #include "conv_bias_relu/winograd_plan.h"
 
 namespace pixfuse {
 namespace {
 
-// --- bounds ---
+// --- the rule ---
 
 // A rule that accuracy makes: fewer terms, and too little is paid back. And one that time makes:
 // the weights are brought to their points in each call.
 constexpr int64_t kLeastTerms = 20;
 constexpr int64_t kLeastPixels = 128;
-
-// Beyond this, sums of a few more terms than those of the direct convolution could overflow.
-constexpr double kLargest = 0x1p40;
-
-// The least and the greatest value of a channel of normalized bytes.
-struct Range {
-  double least, greatest;
-};
-
-double normalized(const ConvBiasReluArgs& args, const ChannelConstants& channel, float byte) {
-  switch (args.arithmetic) {
-    case Arithmetic::multiply:
-      return ((byte * args.scale) - channel.mean) / channel.std;
-    case Arithmetic::divide:
-      return ((byte / 255.0f) - channel.mean) / channel.std;
-    case Arithmetic::nearest:
-      break;
-  }
-  const double centered = (double{byte} - channel.center_high) - channel.center_low;
-  return static_cast<float>(centered * channel.inverse_width);
-}
-
-bool is_padded(const ConvBiasReluArgs& args) {
-  for (int d = 0; d < 2; ++d) {
-    const int64_t last = (args.output_sizes[2 + d] - 1) * args.stride[d] - args.padding[d] +
-                         (args.kernel[d] - 1) * args.dilation[d];
-    if (args.padding[d] > 0 || last >= args.input_sizes[2 + d]) return true;
-  }
-  return false;
-}
-
-// Each step of the normalization keeps the order of what it is given, or turns it.
-Range range_of(const ConvBiasReluArgs& args, int64_t channel) {
-  const double black = normalized(args, args.channels[channel], 0.0f);
-  const double white = normalized(args, args.channels[channel], 255.0f);
-  const Range range{std::min(black, white), std::max(black, white)};
-  if (!is_padded(args)) return range;
-  return {std::min(range.least, 0.0), std::max(range.greatest, 0.0)};
-}
-
-template <class Body>
-void for_each_weight(const ConvBiasReluArgs& args, int64_t output, const Body& body) {
-  const int64_t* strides = args.weight_strides;
-  for (int64_t c = 0; c < args.input_sizes[1]; ++c) {
-    for (int64_t ky = 0; ky < args.kernel[0]; ++ky) {
-      for (int64_t kx = 0; kx < args.kernel[1]; ++kx) {
-        body(c,
-             args.weight[output * strides[0] + c * strides[1] + ky * strides[2] + kx * strides[3]]);
-      }
-    }
-  }
-}
-
-bool is_small(const ConvBiasReluArgs& args) {
-  bool small = true;
-  for (int64_t c = 0; c < args.input_sizes[1]; ++c) {
-    const Range range = range_of(args, c);
-    small = small && -range.least <= kLargest && range.greatest <= kLargest;
-  }
-  for (int64_t o = 0; o < args.output_sizes[1]; ++o) {
-    for_each_weight(args, o, [&](int64_t, float weight) {
-      small = small && std::fabs(double{weight}) <= kLargest;  // false for NaN
-    });
-  }
-  return small;
-}
-
-// Whether no image can bring an output above 0.
-bool is_dead(const ConvBiasReluArgs& args, int64_t output) {
-  Range ranges[kMaxDirectChannels];
-  for (int64_t c = 0; c < args.input_sizes[1]; ++c) ranges[c] = range_of(args, c);
-  double most = args.bias != nullptr ? double{args.bias[output]} : 0.0;
-  for_each_weight(args, output, [&](int64_t c, float weight) {
-    most += double{weight} * (weight > 0.0f ? ranges[c].greatest : ranges[c].least);
-  });
-  return most <= 0.0;
-}
 
 // --- points ---
 
@@ -142,11 +64,10 @@ constexpr int64_t round_up(int64_t value, int64_t multiple) {
 
 }  // namespace
 
-bool winograd_suits(const ConvBiasReluArgs& args) {
-  return args.input_type == ElementType::uint8 && args.dilation[1] == 1 &&
-         args.kernel[1] >= 2 * args.stride[1] &&
+bool winograd_suits(const ConvBiasReluArgs& args, const Bounds& bounds) {
+  return args.dilation[1] == 1 && args.kernel[1] >= 2 * args.stride[1] &&
          args.kernel[0] * args.input_sizes[1] >= kLeastTerms &&
-         args.output_sizes[2] * args.output_sizes[3] >= kLeastPixels && is_small(args);
+         args.output_sizes[2] * args.output_sizes[3] >= kLeastPixels && bounds.are_kept();
 }
 
 Winograd::Winograd(const ConvBiasReluArgs& args) {
@@ -196,11 +117,9 @@ Winograd::Winograd(const ConvBiasReluArgs& args) {
 }
 
 void Winograd::pack_weight(const ConvBiasReluArgs& args, const ChannelBlocks& blocks,
-                           float* packed) const {
+                           const std::vector<bool>& dead, float* packed) const {
   const int64_t outputs = args.output_sizes[1];
   const int64_t* strides = args.weight_strides;
-  std::vector<bool> dead;
-  for (int64_t o = 0; o < outputs; ++o) dead.push_back(is_dead(args, o));
   for (int64_t block = 0; block < blocks.count; ++block) {
     const int64_t first = blocks.first_vector(block) * blocks.lanes;
     const int64_t last = blocks.first_vector(block + 1) * blocks.lanes;

@@ -2,7 +2,7 @@
 #pragma once
 #include <vector>
 
-#include "conv_bias_relu/conv_bias_relu_loop.h"
+#include "conv_bias_relu/bounds.h"
 
 namespace pixfuse {
 
@@ -10,7 +10,7 @@ namespace pixfuse {
 // normalizes them bounds them (an infinite value would spoil its neighbours, a huge one their last
 // bits); for finite weights; where each phase of the stride has at least two taps and a sum at
 // least 20 terms. It does not depend on the number of images: a batch has the bits of its images.
-bool winograd_suits(const ConvBiasReluArgs& args);
+bool winograd_suits(const ConvBiasReluArgs& args, const Bounds& bounds);
 
 struct Winograd {
   std::vector<WinogradPiece> pieces;
@@ -22,9 +22,9 @@ struct Winograd {
   Winograd(const Winograd&) = delete;
   Winograd& operator=(const Winograd&) = delete;
 
-  // [block][run][row][input channel][channel of the block]. A channel that no image can bring
-  // above 0 gets zeros: rounding does not wake it.
-  void pack_weight(const ConvBiasReluArgs& args, const ChannelBlocks& blocks, float* packed) const;
+  // [block][run][row][input channel][channel of the block]; zeros for a dead channel.
+  void pack_weight(const ConvBiasReluArgs& args, const ChannelBlocks& blocks,
+                   const std::vector<bool>& dead, float* packed) const;
 };
 
 }  // namespace pixfuse

@@ -42,8 +42,8 @@ def certified_dead(
     2**-24 (2**-53 in float64), and with ``tf32`` 2**-9 more; and only where no partial sum can
     overflow. So it holds for every convolution that multiplies and adds the taps in any order, with
     sums in float32 or wider, also where they are rounded to 16 bits before the bias is added, which
-    keeps their order with it; not for Winograd and FFT algorithms, but for that of
-    :func:`pixfuse.conv_bias_relu`, which leaves such channels out. Channels between the margin and
+    keeps their order with it; not for Winograd and FFT algorithms, but for those of
+    :func:`pixfuse.conv_bias_relu`, which leave such channels out. Channels between the margin and
     0 are not certified. Where all terms are 0 or below no margin is needed, and none is taken.
 
     Args:

@@ -57,6 +57,13 @@ def conv_bias_relu(
     magnitudes under 3 neighbouring outputs to each side, not under an output alone, and the last
     bits are not those of normalized floats. A channel that no image can bring above 0 is 0 still.
 
+    Where the processor multiplies matrices of bytes (``pixfuse.info()["isa"] == "amx"``), bytes of
+    up to 3 channels under kernels of 64 weights or more are summed up in whole numbers instead:
+    each weight in steps of 2**-23 of the largest of its output channel, exactly, in any order. The
+    error is no larger than that of torch's own sums in float32 for many weights, and at most twice
+    that for few; the last bits are not those of normalized floats. ``PIXFUSE_ISA=avx512`` turns it
+    off.
+
     On CUDA, tensor cores multiply 16-bit weights, and float32 ones where torch allows TF32 for
     convolutions (``torch.backends.cudnn.conv.fp32_precision``, on unless you turn it off; under
     ``torch.compile``, what it was when it was compiled). Bytes become the dtype of ``weight``

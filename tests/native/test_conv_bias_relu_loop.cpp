@@ -4,6 +4,7 @@
 // With a sanitizer the memory comes from the heap; without one, from pages before one that may not
 // be touched. Arguments:
 //   threads             the parts of each call run at the same time
+//   isa=NUMBER          this instruction set alone
 //   planted=NAME        a fault that must be noticed: see `Planted`
 #include <algorithm>
 #include <cmath>
@@ -322,6 +323,8 @@ constexpr Case kCases[] = {
     {2, 20, {2, 2}, {3, 5}, {1, 1}, {0, 0}, {9, 21}},
     {4, 70, {5, 8}, {1, 2}, {2, 1}, {4, 2}, {13, 51}},  // bytes by winograd.h, as those of the
                                                         // first
+    {3, 36, {11, 11}, {4, 4}, {1, 1}, {2, 2}, {23, 150}},
+    {1, 16, {9, 20}, {2, 1}, {1, 1}, {0, 9}, {14, 37}},
 };
 
 bool run_all(int64_t& cases) {
@@ -352,9 +355,14 @@ bool run_all(int64_t& cases) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  int only = -1;
   for (int i = 1; i < argc; ++i) {
     const std::string argument = argv[i];
     bool known = argument == "threads";
+    if (argument.rfind("isa=", 0) == 0) {
+      only = std::stoi(argument.substr(4));
+      known = true;
+    }
     use_threads = use_threads || known;
     for (size_t k = 0; k < std::size(kPlantedNames); ++k) {
       if (argument != std::string("planted=") + kPlantedNames[k]) continue;
@@ -366,8 +374,8 @@ int main(int argc, char** argv) {
       return 2;
     }
   }
-  for (const Isa isa : {Isa::portable, Isa::avx2, Isa::avx512, Isa::neon}) {
-    if (!isa_available(isa)) continue;
+  for (const Isa isa : {Isa::portable, Isa::avx2, Isa::avx512, Isa::amx, Isa::neon}) {
+    if (!isa_available(isa) || (only >= 0 && only != static_cast<int>(isa))) continue;
     set_active_isa(isa);
     int64_t cases = 0;
     if (!run_all(cases)) return 1;

@@ -37,6 +37,7 @@ class Program:
     sources: tuple[str, ...]
     loops: tuple[str, ...]
     cases: int  # that it runs for each instruction set, at least
+    tiles: tuple[str, ...] = ()  # loops that only a machine with tiles has
 
 
 @dataclass(frozen=True)
@@ -50,21 +51,27 @@ class Build:
     arguments: tuple[str, ...] = ()
 
 
+# The tiles of common/matrix_tiles.h as plain loops: sanitizers see them, and any machine has them.
+PLAIN_TILES = "-DPIXFUSE_PLAIN_TILES"
+
 BUILDS = {
     # Every step checked. What -O1 does beyond -Og doubles the time to compile so many checks.
     "sanitized": Build(
-        ("-Og", "-g1", "-fsanitize=undefined", "-fno-sanitize-recover=all", *ADDRESS_CHECKS)
+        (
+            *("-Og", "-g1", "-fsanitize=undefined", "-fno-sanitize-recover=all"),
+            *(PLAIN_TILES, *ADDRESS_CHECKS),
+        )
     ),
     # The loops as they are vectorized in the product: gcc adds these checks after that.
-    "address": Build(("-O3", "-g1", *ADDRESS_CHECKS)),
+    "address": Build(("-O3", "-g1", PLAIN_TILES, *ADDRESS_CHECKS)),
     "thread": Build(
-        ("-O1", "-g1", "-fsanitize=thread"),
+        ("-O1", "-g1", PLAIN_TILES, "-fsanitize=thread"),
         # The thread sanitizer of gcc 12 cannot run at the addresses that newer kernels choose.
         runner=("setarch", "--addr-no-randomize"),
         arguments=("threads",),
     ),
     # The loops as they are in the product, between forbidden pages.
-    "plain": Build(("-O3",)),
+    "plain": Build(("-O3", *(() if "amx" in available_isas() else (PLAIN_TILES,)))),
     "aarch64": Build(
         ("-O3", "-static"),
         compiler="aarch64-linux-gnu-g++",
@@ -142,7 +149,7 @@ def build(program: Program, name: str) -> Built:
                 [*build.flags, *flags, f"-DPIXFUSE_ISA={isa}"],
             )
             for isa, flags in loop_flags(build.machine).items()
-            for loop in program.loops
+            for loop in (program.tiles if isa == "amx" else program.loops)
         }
         # After them, when another process may have made it already.
         test = pool.submit(compiled, NATIVE / program.name, Path(program.name).stem, TEST_FLAGS)
@@ -172,12 +179,19 @@ def run(program: Program, name: str, *arguments: str) -> subprocess.CompletedPro
     )
 
 
+def native_isas(name: str) -> set[str]:
+    """The instruction sets that a program for convolutions runs: amx with plain tiles, too."""
+    if name == "aarch64":
+        return {"portable", "neon"}
+    return {*available_isas(), *(["amx"] if "avx512" in available_isas() else [])}
+
+
 def assert_passes(program: Program, name: str) -> None:
     """It finds no fault, and has run its cases with each instruction set of the machine."""
     result = run(program, name)
     assert result.returncode == 0, result.stdout + result.stderr
     seen = {int(code): int(cases) for code, cases in re.findall(r"isa (\d+): (\d+)", result.stdout)}
-    available = ("portable", "neon") if name == "aarch64" else available_isas()
+    available = native_isas(name) - (set() if program.tiles else {"amx"})
     assert set(seen) == {ISA_CODES[isa] for isa in available}
     assert min(seen.values()) > program.cases
 
@@ -211,7 +225,8 @@ def symbols(compiled: Path) -> str:
 def assert_shares_no_function(program: Program, name: str) -> None:
     """Else a machine without AVX-512 could get the AVX-512 copy of a common inline function."""
     loops = build(program, name).loops
-    assert {isa for _, isa in loops} == set(loop_flags(BUILDS[name].machine))
+    levels = set(loop_flags(BUILDS[name].machine))
+    assert {isa for _, isa in loops} == levels - (set() if program.tiles else {"amx"})
     for (_, isa), compiled in loops.items():
         listing = symbols(compiled)
         assert shared_symbols(listing) == []

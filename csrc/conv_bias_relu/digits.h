@@ -1,0 +1,50 @@
+// Convolutions of bytes in whole numbers: for processors whose matrix unit multiplies bytes.
+//
+// A pixel is a whole number already, and so is a weight, once it is measured in steps that are
+// small enough: 2^-23 of the largest one of its output channel, about. Such a number has three
+// digits to the base of 256, from -128 to 127. So a sum of products of pixels and weights is three
+// sums of products of bytes: exact, in any order. With x the byte of a pixel less a zero z,
+//
+//   normalized(x) = scale * (x - z) + offset      scale and offset of its input channel,
+//   weight * scale = step * (65536 d2 + 256 d1 + d0),
+//   output = relu(step * (65536 sum d2 x + 256 sum d1 x + sum d0 x) + offsets + bias).
+//
+// A pixel has four bytes here: up to three channels, and one that is kInside inside the image and 0
+// where the kernel reaches into the padding. Its weight, the sum of weight * offset / kInside, adds
+// the offsets up, and leaves the padding zero after the normalization. Without padding the offsets
+// are one constant of an output channel, and part of its bias.
+//
+// z is 0 where that is zero after the normalization too: then black is exactly nothing. Else it is
+// 128, as most normalizations have their zero there, and signed bytes hold what remains.
+//
+// What is wrong: a weight by half a step, and the normalized pixel by the roundings that its real
+// value does not have. Both are of the order of what sums in float32 lose.
+#pragma once
+#include <stdint.h>
+
+namespace pixfuse {
+
+constexpr int64_t kDigits = 3;
+constexpr int64_t kQuadBytes = 4;  // of a pixel
+constexpr int64_t kInside = 127;
+
+// Pixels of a kernel row that one row of a tile has room for.
+constexpr int64_t kTileQuads = 16;
+
+// The tiles of weights are [vector of 16 output channels][step][digit], as matrix_tiles.h has the
+// right operand. A step takes 16 pixels of the kernel: some rows of it that fill `segment` each, or
+// one of the pieces of a longer row.
+struct DigitsPlan {
+  bool is_signed;  // z is 128
+  int64_t segment;
+  int64_t steps;
+  int64_t pieces_per_row;
+  const float* step;       // [vectors * 16 output channels]
+  int64_t scratch_floats;  // sums, and the pixels of each step side by side
+};
+
+// Output pixels whose sums are held at a time.
+constexpr int64_t kDigitsPixels = 32;
+constexpr int64_t kDigitsSumFloats = kDigitsPixels * 16 * kDigits;
+
+}  // namespace pixfuse

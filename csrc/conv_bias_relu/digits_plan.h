@@ -1,0 +1,30 @@
+// The rule that decides for the convolution by digits.h, and what its loop is given.
+#pragma once
+#include <vector>
+
+#include "conv_bias_relu/bounds.h"
+
+namespace pixfuse {
+
+// Whether it is as good as torch's: for bytes of up to three channels, as what normalizes them
+// bounds them, and for finite weights that are not so small that their steps have no float. It does
+// not depend on the number of images: a batch has the bits of its images.
+bool digits_suit(const ConvBiasReluArgs& args, const Bounds& bounds);
+
+struct Digits {
+  DigitsPlan plan{};        // points into `step`
+  int64_t line_pixels;      // of a row of input, as far as the tiles reach
+  std::vector<float> step;  // of each output channel
+  std::vector<float> bias;  // with the offsets where there is no padding
+
+  explicit Digits(const ConvBiasReluArgs& args, int64_t padded_outputs);
+  Digits(const Digits&) = delete;
+  Digits& operator=(const Digits&) = delete;
+
+  int64_t weight_bytes_per_output() const { return plan.steps * kDigits * 64; }
+  // As digits.h has it; zeros for a dead channel.
+  void pack_weight(const ConvBiasReluArgs& args, const Bounds& bounds,
+                   const std::vector<bool>& dead, int8_t* packed);
+};
+
+}  // namespace pixfuse
