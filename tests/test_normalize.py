@@ -98,9 +98,28 @@ def test_every_value_at_the_ends_of_the_range(device: torch.device, rounding: Ro
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_many_normalizations(device: torch.device, rounding: Rounding) -> None:
-    images = all_values(3).to(device)
+    images = all_values(3, 36, 36).to(device)  # divided by the inverse
     for seed in range(100):
         check(images, made_up(3, rounding, seed))
+
+
+# In float32: the inverse of the first is infinite, though no quotient is; the others are where
+# inverses are known to miss quotients, or lie between two floats.
+DIVISORS = (1.6e-39, 1 - 2.0**-24, 0.25 - 2.0**-26, 1 + 2.0**-23, 1 / 3, 0.1, 9e35)
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_divisions_by_the_inverse(device: torch.device, rounding: Rounding) -> None:
+    """Enough pixels for the loops to divide by inverses: each gives the quotient, or is not used."""
+    for channels in (3, 8, 17):
+        images = all_values(channels, 36, 36).to(device)
+        for std in DIVISORS if channels == 3 else DIVISORS[:2]:
+            for mean in (0.5, 0.485, 128 / 255):
+                normalization = of_any_units(
+                    [mean] * channels, [std, 0.229, *[std] * (channels - 2)], rounding
+                )
+                for memory_format in DENSE_FORMATS:
+                    check(images, normalization, memory_format=memory_format)
 
 
 def test_one_number_stands_for_every_channel(device: torch.device) -> None:

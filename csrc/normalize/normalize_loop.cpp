@@ -27,6 +27,8 @@ struct Cycle {
   int64_t period = 0;
   alignas(64) float mean[kCapacity];
   alignas(64) float std[kCapacity];
+  alignas(64) float inverse[kCapacity];  // of std
+  bool by_inverse = false;
   alignas(64) double center_high[kCapacity];
   alignas(64) double center_low[kCapacity];
   alignas(64) double inverse_width[kCapacity];
@@ -34,57 +36,111 @@ struct Cycle {
 
 // --- convert ---
 
-template <Arithmetic arithmetic>
-inline float normalize_value(int32_t x, float scale, float mean, float std, double center_high,
-                             double center_low, double inverse_width) {
+// A division takes longer than all else together, on some processors longer than memory. With the
+// inverse of the divisor a product is near the quotient, and what it leaves of the dividend, which
+// a fused multiply-add gives exactly, corrects it: to the very quotient, rounded once, with rare
+// exceptions (Markstein, Computation of elementary functions on the IBM RISC System/6000, 1990).
+// There are 256 dividends, so whether there is an exception is not believed but tried.
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+constexpr bool kHasFusedMultiplyAdd = true;
+#else
+constexpr bool kHasFusedMultiplyAdd = false;
+#endif
+
+template <bool by_inverse>
+inline float quotient(float dividend, float divisor, float inverse) {
+  if constexpr (by_inverse && kHasFusedMultiplyAdd) {
+    const float near = dividend * inverse;
+    const float rest = __builtin_fmaf(-near, divisor, dividend);
+    return __builtin_fmaf(rest, inverse, near);
+  }
+  return dividend / divisor;
+}
+
+template <Arithmetic arithmetic, bool by_inverse>
+inline float normalize_value(int32_t x, float scale, float mean, float std, float inverse,
+                             double center_high, double center_low, double inverse_width) {
   if constexpr (arithmetic == Arithmetic::multiply) {
-    return ((static_cast<float>(x) * scale) - mean) / std;
+    return quotient<by_inverse>((static_cast<float>(x) * scale) - mean, std, inverse);
   } else if constexpr (arithmetic == Arithmetic::divide) {
-    return ((static_cast<float>(x) / 255.0f) - mean) / std;
+    const float unit = quotient<by_inverse>(static_cast<float>(x), 255.0f, 1.0f / 255.0f);
+    return quotient<by_inverse>(unit - mean, std, inverse);
   } else {
     const double centered = (static_cast<double>(x) - center_high) - center_low;
     return static_cast<float>(centered * inverse_width);
   }
 }
 
+// What is known of one channel.
+struct Channel : ChannelConstants {
+  float inverse;  // of std
+  bool by_inverse;
+
+  Channel(const ChannelConstants& constants, bool by_inverse)
+      : ChannelConstants(constants), inverse(1.0f / constants.std), by_inverse(by_inverse) {}
+};
+
 // `count` bytes of one channel.
-template <Arithmetic arithmetic, class T>
+template <Arithmetic arithmetic, bool by_inverse, class T>
 void compute_values(const uint8_t* __restrict in, T* __restrict out, int64_t count, float scale,
-                    const ChannelConstants& channel) {
-  const ChannelConstants c = channel;  // a local: `out` cannot alias it
+                    const Channel& channel) {
+  const Channel c = channel;  // a local: `out` cannot alias it
   for (int64_t i = 0; i < count; ++i) {
-    out[i] = round_to<T>(normalize_value<arithmetic>(in[i], scale, c.mean, c.std, c.center_high,
-                                                     c.center_low, c.inverse_width));
+    out[i] = round_to<T>(normalize_value<arithmetic, by_inverse>(
+        in[i], scale, c.mean, c.std, c.inverse, c.center_high, c.center_low, c.inverse_width));
   }
 }
 
 // `count` bytes of all channels in turn.
-template <Arithmetic arithmetic, class T>
+template <Arithmetic arithmetic, bool by_inverse, class T>
 void compute_values(const uint8_t* __restrict in, T* __restrict out, int64_t count, float scale,
                     const Cycle& __restrict cycle) {
   for (int64_t begin = 0; begin < count; begin += cycle.period) {
     const int64_t left = count - begin;
     const int64_t length = left < cycle.period ? left : cycle.period;
     for (int64_t i = 0; i < length; ++i) {
-      out[begin + i] = round_to<T>(normalize_value<arithmetic>(
-          in[begin + i], scale, cycle.mean[i], cycle.std[i], cycle.center_high[i],
+      out[begin + i] = round_to<T>(normalize_value<arithmetic, by_inverse>(
+          in[begin + i], scale, cycle.mean[i], cycle.std[i], cycle.inverse[i], cycle.center_high[i],
           cycle.center_low[i], cycle.inverse_width[i]));
     }
   }
 }
 
-// `Constants` are those of one channel, or the Cycle of all.
-template <class T, class Constants>
+// `Constants` are those of one Channel, or the Cycle of all.
+template <bool by_inverse, class T, class Constants>
 void compute(const NormalizeArgs& args, const uint8_t* in, T* out, int64_t count,
              const Constants& constants) {
   switch (args.arithmetic) {
     case Arithmetic::multiply:
-      return compute_values<Arithmetic::multiply>(in, out, count, args.scale, constants);
+      return compute_values<Arithmetic::multiply, by_inverse>(in, out, count, args.scale,
+                                                              constants);
     case Arithmetic::divide:
-      return compute_values<Arithmetic::divide>(in, out, count, args.scale, constants);
+      return compute_values<Arithmetic::divide, by_inverse>(in, out, count, args.scale, constants);
     case Arithmetic::nearest:
-      return compute_values<Arithmetic::nearest>(in, out, count, args.scale, constants);
+      return compute_values<Arithmetic::nearest, false>(in, out, count, args.scale, constants);
   }
+}
+
+template <class T, class Constants>
+void compute(const NormalizeArgs& args, const uint8_t* in, T* out, int64_t count,
+             const Constants& constants) {
+  if (constants.by_inverse) return compute<true>(args, in, out, count, constants);
+  compute<false>(args, in, out, count, constants);
+}
+
+// Whether the inverses give what the divisions give, for every value of every channel.
+bool inverses_are_exact(const NormalizeArgs& args) {
+  uint8_t bytes[256];
+  for (int x = 0; x < 256; ++x) bytes[x] = static_cast<uint8_t>(x);
+  for (int64_t c = 0; c < args.sizes[1]; ++c) {
+    alignas(64) float divided[256], multiplied[256];
+    compute(args, bytes, divided, 256, Channel(args.channels[c], false));
+    compute(args, bytes, multiplied, 256, Channel(args.channels[c], true));
+    uint32_t difference = 0;
+    for (int x = 0; x < 256; ++x) difference |= bits_of(divided[x]) ^ bits_of(multiplied[x]);
+    if (difference != 0) return false;
+  }
+  return true;
 }
 
 template <class T, class Constants>
@@ -112,7 +168,7 @@ void round_run(const float* in, Float16* out, int64_t count) {
   for (; i < count; ++i) out[i] = round_to<Float16>(in[i]);
 }
 
-inline int64_t whole_period(const ChannelConstants&) { return Cycle::kCapacity; }
+inline int64_t whole_period(const Channel&) { return Cycle::kCapacity; }
 inline int64_t whole_period(const Cycle& cycle) { return cycle.period; }
 
 template <class Constants>
@@ -163,7 +219,8 @@ constexpr bool kHasLookup = false;
 void lookup_run(const uint8_t*, uint16_t*, int64_t, const uint16_t*) {}
 #endif
 
-// A table costs 256 conversions; it pays when several times as many pixels use it.
+// A table costs 256 conversions, and so does trying the inverses; it pays when several times as
+// many pixels use it.
 constexpr int64_t kTablePixels = 1024;
 
 // --- one channel of float32, and past the caches ---
@@ -217,13 +274,13 @@ inline void finish_past_caches() {
 #endif
 }
 
-template <Arithmetic arithmetic, bool past_caches, class Read>
+template <Arithmetic arithmetic, bool by_inverse, bool past_caches, class Read>
 void compute_channel(const Read read, float* __restrict out, int64_t count, float scale,
-                     const ChannelConstants& channel) {
-  const ChannelConstants c = channel;
+                     const Channel& channel) {
+  const Channel c = channel;
   const auto value = [&](int32_t byte) {
-    return normalize_value<arithmetic>(byte, scale, c.mean, c.std, c.center_high, c.center_low,
-                                       c.inverse_width);
+    return normalize_value<arithmetic, by_inverse>(byte, scale, c.mean, c.std, c.inverse,
+                                                   c.center_high, c.center_low, c.inverse_width);
   };
   const int64_t sure = count - (read.ends ? 1 : 0);
   int64_t i = 0;
@@ -245,27 +302,31 @@ void compute_channel(const Read read, float* __restrict out, int64_t count, floa
   for (; i < count; ++i) out[i] = value(read.last(i));
 }
 
-template <bool past_caches, class Read>
+template <bool by_inverse, bool past_caches, class Read>
 void convert_channel(const NormalizeArgs& args, const Read read, float* out, int64_t count,
-                     const ChannelConstants& channel) {
+                     const Channel& channel) {
   switch (args.arithmetic) {
     case Arithmetic::multiply:
-      return compute_channel<Arithmetic::multiply, past_caches>(read, out, count, args.scale,
-                                                                channel);
+      return compute_channel<Arithmetic::multiply, by_inverse, past_caches>(read, out, count,
+                                                                            args.scale, channel);
     case Arithmetic::divide:
-      return compute_channel<Arithmetic::divide, past_caches>(read, out, count, args.scale,
-                                                              channel);
+      return compute_channel<Arithmetic::divide, by_inverse, past_caches>(read, out, count,
+                                                                          args.scale, channel);
     case Arithmetic::nearest:
-      return compute_channel<Arithmetic::nearest, past_caches>(read, out, count, args.scale,
-                                                               channel);
+      return compute_channel<Arithmetic::nearest, false, past_caches>(read, out, count, args.scale,
+                                                                      channel);
   }
 }
 
 template <class Read>
 void convert_channel(const NormalizeArgs& args, const Read read, float* out, int64_t count,
-                     const ChannelConstants& channel, bool past_caches) {
-  return past_caches ? convert_channel<kCanPassCaches>(args, read, out, count, channel)
-                     : convert_channel<false>(args, read, out, count, channel);
+                     const Channel& channel, bool past_caches) {
+  if (channel.by_inverse) {
+    return past_caches ? convert_channel<true, kCanPassCaches>(args, read, out, count, channel)
+                       : convert_channel<true, false>(args, read, out, count, channel);
+  }
+  return past_caches ? convert_channel<false, kCanPassCaches>(args, read, out, count, channel)
+                     : convert_channel<false, false>(args, read, out, count, channel);
 }
 
 // Whether every row of every plane begins and ends where a line does.
@@ -400,7 +461,7 @@ constexpr int64_t kWholePlanePixels = 16384;
 // The results of a channel lie side by side.
 template <class T>
 void normalize_planar(const NormalizeArgs& args, const uint8_t* in, T* out, int64_t count,
-                      const uint16_t* table, bool past_caches, bool ends) {
+                      const uint16_t* table, bool by_inverse, bool past_caches, bool ends) {
   const int64_t channels = args.sizes[1];
   const int64_t in_channel = args.image_strides[1];
   const int group = channels == 3 || channels == 4 ? static_cast<int>(channels) : 1;
@@ -413,8 +474,8 @@ void normalize_planar(const NormalizeArgs& args, const uint8_t* in, T* out, int6
     for (int k = 0; k < group; ++k) {
       const Words words{pixels.lowest - (backward ? group - 1 : 0), backward ? group - 1 - k : k,
                         ends && group < 4};
-      convert_channel(args, words, float32 + k * args.output_strides[1], count, args.channels[k],
-                      past_caches);
+      convert_channel(args, words, float32 + k * args.output_strides[1], count,
+                      Channel(args.channels[k], by_inverse), past_caches);
     }
     return;
   }
@@ -456,13 +517,13 @@ void normalize_planar(const NormalizeArgs& args, const uint8_t* in, T* out, int6
       const int64_t c = first + k;
       const uint8_t* bytes = source[k < distinct ? k : 0];
       T* target = out + c * args.output_strides[1];
+      const Channel channel(args.channels[c], by_inverse);
       if (table != nullptr) {
         lookup_run(bytes, reinterpret_cast<uint16_t*>(target), count, table + 256 * c);
       } else if (float32 != nullptr) {
-        convert_channel(args, Bytes{bytes}, float32_of(target), count, args.channels[c],
-                        past_caches);
+        convert_channel(args, Bytes{bytes}, float32_of(target), count, channel, past_caches);
       } else {
-        convert(args, bytes, target, count, args.channels[c]);
+        convert(args, bytes, target, count, channel);
       }
     }
   }
@@ -515,25 +576,28 @@ void normalize_interleaved(const NormalizeArgs& args, const uint8_t* in, T* out,
 
 // Any strides, for channels beyond what a Cycle holds.
 template <class T>
-void normalize_strided(const NormalizeArgs& args, const uint8_t* in, T* out, int64_t count) {
+void normalize_strided(const NormalizeArgs& args, const uint8_t* in, T* out, int64_t count,
+                       bool by_inverse) {
   alignas(64) uint8_t run[kMaxBlockPixels];
   alignas(64) T results[kMaxBlockPixels];
   for (int64_t c = 0; c < args.sizes[1]; ++c) {
     gather(in + c * args.image_strides[1], args.image_strides[3], run, 1, count);
-    convert(args, run, results, count, args.channels[c]);
+    convert(args, run, results, count, Channel(args.channels[c], by_inverse));
     T* target = out + c * args.output_strides[1];
     for (int64_t i = 0; i < count; ++i) target[i * args.output_strides[3]] = results[i];
   }
 }
 
-void fill_cycle(const NormalizeArgs& args, Cycle& cycle) {
+void fill_cycle(const NormalizeArgs& args, bool by_inverse, Cycle& cycle) {
   const int64_t channels = args.sizes[1];
   cycle.period = channels * Cycle::kPixels;
+  cycle.by_inverse = by_inverse;
   for (int64_t c = 0; c < channels; ++c) {
-    const ChannelConstants channel = args.channels[c];
+    const Channel channel(args.channels[c], by_inverse);
     for (int64_t i = c; i < cycle.period; i += channels) {
       cycle.mean[i] = channel.mean;
       cycle.std[i] = channel.std;
+      cycle.inverse[i] = channel.inverse;
       cycle.center_high[i] = channel.center_high;
       cycle.center_low[i] = channel.center_low;
       cycle.inverse_width[i] = channel.inverse_width;
@@ -547,14 +611,14 @@ void fill_table(const NormalizeArgs& args, T* table) {
   uint8_t values[256];
   for (int x = 0; x < 256; ++x) values[x] = static_cast<uint8_t>(x);
   for (int64_t c = 0; c < args.sizes[1]; ++c) {
-    convert(args, values, table + 256 * c, 256, args.channels[c]);
+    convert(args, values, table + 256 * c, 256, Channel(args.channels[c], false));
   }
 }
 
 // What is made once for the channels, when first needed.
 template <class T>
 struct Prepared {
-  bool has_cycle = false, has_table = false;
+  bool has_cycle = false, has_table = false, has_inverses = false, by_inverse = false;
   Cycle cycle;
   alignas(64) T table[kMaxGroup * 256];
 };
@@ -568,8 +632,12 @@ void normalize_blocks(const NormalizeArgs& args, int64_t first, int64_t last, bo
                            args.output_strides[1] == 1 && args.output_strides[3] == channels;
   const bool use_table =
       kHasLookup && sizeof(T) == 2 && planar && channels <= kMaxGroup && table_pays;
+  if (sizeof(T) > 1 && table_pays && !use_table && !prepared.has_inverses) {
+    prepared.by_inverse = kHasFusedMultiplyAdd && inverses_are_exact(args);
+    prepared.has_inverses = true;
+  }
   if (interleaved && sizeof(T) > 1 && !prepared.has_cycle) {
-    fill_cycle(args, prepared.cycle);
+    fill_cycle(args, prepared.by_inverse, prepared.cycle);
     prepared.has_cycle = true;
   }
   if (use_table && !prepared.has_table) {
@@ -597,11 +665,11 @@ void normalize_blocks(const NormalizeArgs& args, int64_t first, int64_t last, bo
     if (planar) {
       normalize_planar(args, in, out, count,
                        use_table ? reinterpret_cast<const uint16_t*>(prepared.table) : nullptr,
-                       past_caches, ends);
+                       prepared.by_inverse, past_caches, ends);
     } else if (interleaved) {
       normalize_interleaved(args, in, out, count, prepared.cycle);
     } else {
-      normalize_strided(args, in, out, count);
+      normalize_strided(args, in, out, count, prepared.by_inverse);
     }
   }
   if (past_caches) finish_past_caches();
