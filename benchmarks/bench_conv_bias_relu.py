@@ -7,8 +7,8 @@ thread, every output fresh, as a training loop sees it; the ResNet stem also wit
 backward pass, and the memory of a training step. Each result is compared with the float64
 reference before it is timed. What the processor could do at most is measured too: no direct
 convolution in float32 can take less time than its multiply-adds; one by Winograd's algorithm has
-fewer, so its share of them can be above 1. Ends with status 1 when a result
-was not equal.
+fewer, and one in whole numbers has none in floats, so their share of them can be above 1. Ends with
+status 1 when a result was not equal.
 """
 
 from __future__ import annotations
