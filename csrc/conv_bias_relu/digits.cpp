@@ -2,6 +2,7 @@
 #include "conv_bias_relu/digits.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 
@@ -49,10 +50,9 @@ bool black_is_zero(const ConvBiasReluArgs& args) {
 // Of a number of steps, rounded: the lowest digit in the lowest byte. With 128 added to each digit
 // none is negative, and the bytes of the number are the digits; less 128, they have another sign.
 uint32_t digits_of(double steps) {
-  constexpr double kRound = 0x1.8p52;  // leaves no bits below 1
+  constexpr double kRound = 0x1.8p52;  // leaves no bits below 1, and a whole number in the low ones
   constexpr uint32_t kOffsets = 0x808080;
-  const auto whole = static_cast<int32_t>((steps + kRound) - kRound);
-  return (static_cast<uint32_t>(whole) + kOffsets) ^ kOffsets;
+  return (static_cast<uint32_t>(std::bit_cast<uint64_t>(steps + kRound)) + kOffsets) ^ kOffsets;
 }
 
 }  // namespace
@@ -94,48 +94,65 @@ void Digits::pack_weight(const ConvBiasReluArgs& args, const Bounds& bounds,
   std::memset(packed, 0, step.size() * static_cast<size_t>(weight_bytes_per_output()));
   Line lines[kChannels];
   for (int64_t c = 0; c < channels; ++c) lines[c] = line_of(args, c, plan.is_signed ? 128.0 : 0.0);
-  const bool padded = bounds.is_padded();
-  const int64_t rows_per_step = kTileQuads / plan.segment;
-  std::vector<double> factors;  // of the bytes of each pixel, [kernel row][kernel column][4]
   for (int64_t o = 0; o < outputs; ++o) {
     const float* const weights = bounds.weights_of(o);
-    factors.assign(static_cast<size_t>(bounds.taps / channels * kQuadBytes), 0.0);
-    double* quad = factors.data();
-    double offsets = 0.0, largest = 0.0;
-    for (int64_t i = 0; i < bounds.taps; i += channels, quad += kQuadBytes) {
+    double offsets = 0.0, largest_offset = 0.0;
+    float largest[kChannels] = {};
+    for (int64_t i = 0; i < bounds.taps; i += channels) {
       double offset = 0.0;
       for (int64_t c = 0; c < channels; ++c) {
-        quad[c] = weights[i + c] * lines[c].scale;
         offset += weights[i + c] * lines[c].offset;
-        largest = std::max(largest, std::fabs(quad[c]));
+        largest[c] = std::max(largest[c], std::fabs(weights[i + c]));
       }
       offsets += offset;
-      if (!padded) continue;
-      quad[kChannels] = offset / kInside;
-      largest = std::max(largest, std::fabs(quad[kChannels]));
+      largest_offset = std::max(largest_offset, std::fabs(offset));
     }
+    double most = bounds.is_padded() ? largest_offset / kInside : 0.0;
+    for (int64_t c = 0; c < channels; ++c) most = std::max(most, largest[c] * lines[c].scale);
     const double own = args.bias != nullptr ? double{args.bias[o]} : 0.0;
-    bias.push_back(static_cast<float>(padded ? own : own + offsets));
-    if (dead[o] || largest == 0.0) continue;
-    step[o] = std::nextafter(static_cast<float>(largest / kMostSteps), HUGE_VALF);
-    const double per_step = 1.0 / step[o];
-    int8_t* const column = packed + o / kVector * plan.steps * kDigits * kTile + o % kVector * 4;
-    const double* factor = factors.data();
+    bias.push_back(static_cast<float>(bounds.is_padded() ? own : own + offsets));
+    if (most > 0.0) {
+      step[o] = std::nextafter(static_cast<float>(most / kMostSteps), HUGE_VALF);
+    }
+  }
+  // A row of a tile at a time: neighbouring output channels, at one pixel of the kernel.
+  const int64_t rows_per_step = kTileQuads / plan.segment;
+  for (int64_t first = 0; first < outputs; first += kVector) {
+    const int64_t count = std::min(kVector, outputs - first);
+    const float* const weights = bounds.weights_of(first);
+    double per_step[kVector] = {};  // 0 also for what there is not
+    for (int64_t o = 0; o < count; ++o) per_step[o] = dead[first + o] ? 0.0 : 1.0 / step[first + o];
     for (int64_t ky = 0; ky < args.kernel[0]; ++ky) {
-      for (int64_t kx = 0; kx < args.kernel[1]; ++kx, factor += kQuadBytes) {
+      for (int64_t kx = 0; kx < args.kernel[1]; ++kx) {
         const int64_t reach = kx * args.dilation[1];
         const int64_t at = ky / rows_per_step * plan.pieces_per_row + reach / kTileQuads;
         const int64_t place = ky % rows_per_step * plan.segment + reach % kTileQuads;
-        int8_t* const first = column + at * kDigits * kTile + place * kVector * kQuadBytes;
-        uint8_t digits[kDigits][kQuadBytes];
-        for (int64_t i = 0; i < kQuadBytes; ++i) {
-          const uint32_t of_byte = digits_of(factor[i] * per_step);
-          for (int64_t digit = 0; digit < kDigits; ++digit) {
-            digits[digit][i] = static_cast<uint8_t>(of_byte >> (8 * digit));
+        const int64_t tap = (ky * args.kernel[1] + kx) * channels;
+        double factors[kQuadBytes][kVector] = {};
+        for (int64_t c = 0; c < channels; ++c) {
+          for (int64_t o = 0; o < count; ++o) {
+            const double weight = weights[o * bounds.taps + tap + c];
+            factors[c][o] = weight * lines[c].scale;
+            if (bounds.is_padded()) factors[kChannels][o] += weight * lines[c].offset / kInside;
           }
         }
+        uint32_t of_byte[kQuadBytes][kVector];
+        for (int64_t i = 0; i < kQuadBytes; ++i) {
+          for (int64_t o = 0; o < kVector; ++o) {
+            of_byte[i][o] = digits_of(factors[i][o] * per_step[o]);
+          }
+        }
+        uint32_t digits[kDigits][kVector];  // of four bytes each
         for (int64_t digit = 0; digit < kDigits; ++digit) {
-          std::memcpy(first + digit * kTile, digits[digit], kQuadBytes);
+          for (int64_t o = 0; o < kVector; ++o) {
+            const auto byte = [&](int64_t i) { return of_byte[i][o] >> (8 * digit) & 0xff; };
+            digits[digit][o] = byte(0) | byte(1) << 8 | byte(2) << 16 | byte(3) << 24;
+          }
+        }
+        int8_t* const row = packed + (first / kVector * plan.steps + at) * kDigits * kTile +
+                            place * kVector * kQuadBytes;
+        for (int64_t digit = 0; digit < kDigits; ++digit) {
+          std::memcpy(row + digit * kTile, digits[digit], sizeof digits[digit]);
         }
       }
     }
