@@ -91,7 +91,9 @@ Digits::Digits(const ConvBiasReluArgs& args, int64_t padded_outputs)
 void Digits::pack_weight(const ConvBiasReluArgs& args, const Bounds& bounds,
                          const std::vector<bool>& dead, int8_t* packed) {
   const int64_t outputs = args.output_sizes[1], channels = args.input_sizes[1];
-  std::memset(packed, 0, step.size() * static_cast<size_t>(weight_bytes_per_output()));
+  if (args.kernel[0] * args.kernel[1] < plan.steps * kTileQuads) {  // else each place is written
+    std::memset(packed, 0, step.size() * static_cast<size_t>(weight_bytes_per_output()));
+  }
   Line lines[kChannels];
   for (int64_t c = 0; c < channels; ++c) lines[c] = line_of(args, c, plan.is_signed ? 128.0 : 0.0);
   for (int64_t o = 0; o < outputs; ++o) {
