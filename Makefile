@@ -34,7 +34,9 @@ demo: build $(STAMPS)/demo  ## Run the main job on photographs, check and time i
 
 .PHONY: test
 test: build $(STAMPS)/test $(STAMPS)/neighbours  ## Run every test on all cores (PYTEST_ARGS="-k name" for some)
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(PYTEST_ARGS)
+	@# Of the instruction sets that /proc/cpuinfo names, torch's compiler would else try each one in
+	@# every test process: a file compiled, and another interpreter that imports torch to load it.
+	OMP_WAIT_POLICY=passive TORCHINDUCTOR_VEC_ISA_OK=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 .PHONY: build
 build: $(STAMPS)/pixfuse  ## Set up .venv, compile and install the package there

@@ -4,6 +4,7 @@ import inspect
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -177,6 +178,12 @@ def test_amx_runs_the_loops_of_avx512() -> None:
 
 
 # --- the package ---
+
+
+def test_import_takes_no_compiler_along() -> None:
+    """Importing Dynamo takes as long as importing torch: every worker would pay for it."""
+    program = "import sys, pixfuse; sys.exit('torch._dynamo' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_the_package_says_that_it_is_typed() -> None:

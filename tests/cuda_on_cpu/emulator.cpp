@@ -144,11 +144,14 @@ class Emulator {
   void begin_block(uint3 block_index);
   bool start_threads();
   bool resume_threads();
+  bool run_round();
   bool open_block_barrier();
 
   Thread& new_thread();
   void assign_next(Thread& thread);
-  void resume(Thread& thread);
+  Thread* next_of_round();
+  void set_current(Thread& thread);
+  void leave(Thread& thread);
   void suspend_current(State state, SourceLocation where);
   const LaneValues& meet(unsigned mask, const void* value, size_t bytes, SourceLocation where,
                          bool orders_memory);
@@ -173,6 +176,8 @@ class Emulator {
   std::vector<std::unique_ptr<Thread>> threads_;  // of this and earlier blocks, to be used again
   std::vector<Thread*> started_;                  // of this block, in the order to resume them
   unsigned next_ = 0;                             // in start_order_
+  bool starting_ = false;                         // the round that runs, or resuming
+  size_t next_to_resume_ = 0;                     // in started_
   unsigned finished_ = 0;
   unsigned at_barrier_ = 0;
   Thread* current_ = nullptr;
@@ -268,27 +273,42 @@ void Emulator::run_block(uint3 block_index) {
 }
 
 bool Emulator::start_threads() {
-  const bool any = next_ < thread_count_;
-  while (next_ < thread_count_) {
-    Thread& thread = new_thread();
-    assign_next(thread);
-    resume(thread);
-  }
-  return any;
+  starting_ = true;
+  return run_round();
 }
 
 bool Emulator::resume_threads() {
   if (options_.order == Order::random) std::shuffle(started_.begin(), started_.end(), random_);
-  bool any = false;
-  for (Thread* thread : started_) {
-    if (thread->state == State::at_warp_operation && thread->group->meeting != thread->meeting) {
-      thread->state = State::ready;
-    }
-    if (thread->state != State::ready) continue;
-    resume(*thread);
-    any = true;
+  starting_ = false;
+  next_to_resume_ = 0;
+  return run_round();
+}
+
+// Each thread of a round hands over to the next when it leaves; the last comes back here.
+bool Emulator::run_round() {
+  Thread* const first = next_of_round();
+  if (first == nullptr) return false;
+  set_current(*first);
+  first->fiber.resume();
+  current_ = nullptr;
+  return true;
+}
+
+Thread* Emulator::next_of_round() {
+  if (starting_) {
+    if (next_ == thread_count_) return nullptr;
+    Thread& thread = new_thread();
+    assign_next(thread);
+    return &thread;
   }
-  return any;
+  while (next_to_resume_ < started_.size()) {
+    Thread& thread = *started_[next_to_resume_++];
+    if (thread.state == State::at_warp_operation && thread.group->meeting != thread.meeting) {
+      thread.state = State::ready;
+    }
+    if (thread.state == State::ready) return &thread;
+  }
+  return nullptr;
 }
 
 // Stricter than a GPU, where threads that have returned may be missing and barriers on different
@@ -311,7 +331,10 @@ Thread& Emulator::new_thread() {
   const size_t index = started_.size();
   if (index == threads_.size()) {
     threads_.push_back(std::make_unique<Thread>());
-    threads_.back()->fiber.prepare(stacks_ + index * Fiber::kStackBytes, &Emulator::run_threads);
+    // What threads use of their stacks would otherwise lie in the same few lines of the caches.
+    const size_t unused = index % 128 * 704;
+    threads_.back()->fiber.prepare(stacks_ + index * Fiber::kStackBytes, unused,
+                                   &Emulator::run_threads);
   }
   started_.push_back(threads_[index].get());
   return *threads_[index];
@@ -329,11 +352,19 @@ void Emulator::assign_next(Thread& thread) {
   builtin_variables.thread_index = thread.index;
 }
 
-void Emulator::resume(Thread& thread) {
+void Emulator::set_current(Thread& thread) {
   current_ = &thread;
   builtin_variables.thread_index = thread.index;
-  thread.fiber.resume();
-  current_ = nullptr;
+}
+
+void Emulator::leave(Thread& thread) {
+  Thread* const next = next_of_round();
+  if (next == nullptr) {
+    thread.fiber.suspend();
+  } else {
+    set_current(*next);
+    thread.fiber.suspend_for(next->fiber);
+  }
 }
 
 // What every fiber runs. A thread that ends without having waited hands its fiber to the next
@@ -347,7 +378,7 @@ void Emulator::run_threads() {
     if (emulator.next_ < emulator.thread_count_) {
       emulator.assign_next(thread);
     } else {
-      thread.fiber.suspend();
+      emulator.leave(thread);
     }
   }
 }
@@ -356,7 +387,7 @@ void Emulator::suspend_current(State state, SourceLocation where) {
   Thread& thread = *current_;
   thread.state = state;
   thread.waits_at = where;
-  thread.fiber.suspend();
+  leave(thread);
 }
 
 void Emulator::block_barrier(SourceLocation where) {

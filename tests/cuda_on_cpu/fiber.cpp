@@ -68,7 +68,10 @@ void before_switch([[maybe_unused]] void** fake_stack, [[maybe_unused]] const vo
 
 void arrived_on_fiber([[maybe_unused]] void* fake_stack) {
 #if defined(CUDA_ON_CPU_ADDRESS_SANITIZER)
-  __sanitizer_finish_switch_fiber(fake_stack, &scheduler.stack, &scheduler.stack_bytes);
+  // The first to run comes from the scheduler, whose stack remains the same.
+  const bool first = scheduler.stack == nullptr;
+  __sanitizer_finish_switch_fiber(fake_stack, first ? &scheduler.stack : nullptr,
+                                  first ? &scheduler.stack_bytes : nullptr);
 #endif
 }
 
@@ -80,20 +83,20 @@ void arrived_on_scheduler() {
 
 }  // namespace
 
-void Fiber::prepare(std::byte* stack, void (*entry)()) {
+void Fiber::prepare(std::byte* stack, size_t unused, void (*entry)()) {
   stack_ = stack;
   entry_ = entry;
 #if defined(CUDA_ON_CPU_HAS_UCONTEXT)
   getcontext(&context_);
   context_.uc_stack.ss_sp = stack;
-  context_.uc_stack.ss_size = kStackBytes;
+  context_.uc_stack.ss_size = kStackBytes - unused;
   context_.uc_link = nullptr;
   makecontext(&context_, &Fiber::begin, 0);
 #else
   // What the switch pops: six registers, then the address to return to. Above it lies the return
   // address of `begin`, null; `begin` so finds the alignment that a call leaves.
   constexpr int kRegisters = 6;
-  auto** top = reinterpret_cast<void**>(stack + kStackBytes);
+  auto** top = reinterpret_cast<void**>(stack + kStackBytes - unused);
   top[-1] = nullptr;
   top[-2] = reinterpret_cast<void*>(&Fiber::begin);
   for (int i = 0; i < kRegisters; ++i) top[-3 - i] = nullptr;
@@ -116,6 +119,13 @@ void Fiber::resume() {
 void Fiber::suspend() {
   before_switch(&fake_stack_, scheduler.stack, scheduler.stack_bytes);
   switch_context(context_, scheduler.context);
+  arrived_on_fiber(fake_stack_);
+}
+
+void Fiber::suspend_for(Fiber& next) {
+  running = &next;
+  before_switch(&fake_stack_, next.stack_, kStackBytes);
+  switch_context(context_, next.context_);
   arrived_on_fiber(fake_stack_);
 }
 

@@ -19,15 +19,19 @@ class Fiber {
  public:
   static constexpr size_t kStackBytes = 256 * 1024;
 
-  // The first `resume` calls `entry` on the stack that begins at `stack`, its lowest address.
-  // `entry` must not return.
-  void prepare(std::byte* stack, void (*entry)());
+  // The first `resume` calls `entry` on the stack that begins at `stack`, its lowest address, below
+  // `unused` bytes at its other end, a multiple of 16. `entry` must not return.
+  void prepare(std::byte* stack, size_t unused, void (*entry)());
 
   // The scheduler's side: runs the fiber until it suspends itself.
   void resume();
 
   // The fiber's side: goes back to the `resume` that it runs under.
   void suspend();
+
+  // The fiber's side: another one runs in its place, under the same `resume`. One switch instead of
+  // two.
+  void suspend_for(Fiber& next);
 
  private:
   static void begin();

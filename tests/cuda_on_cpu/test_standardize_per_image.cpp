@@ -101,7 +101,8 @@ struct Case {
 };
 
 void fail(const Case& test, const std::string& what) {
-  if (++failures > 10) return;
+  // Enough is known then, and the mistakes planted in kernels take less time.
+  if (++failures > 10) std::exit(1);
   std::fprintf(stderr, "wrong value: %s, type %d, per channel %d, sizes %lld %lld %lld %lld: %s\n",
                test.name.c_str(), static_cast<int>(test.type), test.per_channel ? 1 : 0,
                static_cast<long long>(test.sizes[N]), static_cast<long long>(test.sizes[C]),
@@ -159,11 +160,13 @@ void check_one_way(const Case& test, StandardizeArgs args) {
   if (error != 0) return fail(test, "CUDA error " + std::to_string(error));
   const int64_t bytes = pixfuse::element_bytes(test.type);
   int64_t wrong = 0;
-  for (int64_t n = 0; n < test.sizes[N]; ++n)
+  for (int64_t n = 0; n < test.sizes[N]; ++n) {
+    const uint8_t* image = images + n * test.image_strides[N];
+    Moments m{};
     for (int64_t c = 0; c < test.sizes[C]; ++c) {
-      const uint8_t* image = images + n * test.image_strides[N];
-      const Moments m = test.per_channel ? moments_of(test, image, c, c + 1)
-                                         : moments_of(test, image, 0, test.sizes[C]);
+      if (test.per_channel || c == 0) {
+        m = moments_of(test, image, c, test.per_channel ? c + 1 : test.sizes[C]);
+      }
       for (int64_t h = 0; h < test.sizes[H]; ++h)
         for (int64_t w = 0; w < test.sizes[W]; ++w) {
           const long double x = image[offset_of(test.image_strides, 0, c, h, w)];
@@ -174,6 +177,7 @@ void check_one_way(const Case& test, StandardizeArgs args) {
           wrong += stored != bits_of(value, test.type);
         }
     }
+  }
   if (wrong != 0) {
     fail(test, std::to_string(wrong) + " elements differ" + (args.sums ? "" : ", in one pass"));
   }

@@ -27,12 +27,13 @@ class Flavor:
     name: str
     flags: tuple[str, ...]
     kernel_flags: tuple[str, ...] = ()
+    changed_kernel_flags: tuple[str, ...] = ()  # and of a kernel with replaced text
     link_flags: tuple[str, ...] = ()
     runtime: tuple[str, ...] = ()
 
 
 # Less optimization of the kernels than elsewhere: they are compiled with one mistake after another.
-VALUES = Flavor("values", ("-O2",), kernel_flags=("-O1",))
+VALUES = Flavor("values", ("-O2",), kernel_flags=("-Og",))
 UCONTEXT = Flavor("ucontext", ("-O1", "-DCUDA_ON_CPU_UCONTEXT"))
 LIBRARY = Flavor("library", ("-O2", "-fPIC"), link_flags=("-shared",))
 # In these two the kernels alone are checked: it is they that are on trial, and the rest is fast.
@@ -40,6 +41,9 @@ SANITIZED = Flavor(
     "sanitized",
     ("-O2", "-DCUDA_ON_CPU_ADDRESS_SANITIZER"),
     kernel_flags=("-Og", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+    # The same checks by calls instead of in line: faster to compile, slower to run; a mistake that
+    # is found ends the run.
+    changed_kernel_flags=("--param", "asan-instrumentation-with-call-threshold=0"),
     link_flags=("-fsanitize=address,undefined",),
 )
 # The race checker stands in for libtsan, so the linker is not told of it. Addresses that do not
@@ -140,22 +144,20 @@ class Toolchain:
         self._executor = ThreadPoolExecutor(min(2, jobs()))  # each takes half a gigabyte
         self._objects: dict[str, Future[Path]] = {}
         self._compiler = os.environ.get("CXX", "g++")
+        self._language = ("-std=c++20", "-ffp-contract=off", "-isystem", str(cuda_include()))
         self._flags = (
-            "-std=c++20",
-            "-ffp-contract=off",
+            *self._language,
             # gcc 12 gives a `noinit` variable of a template another section type than it says.
             "-Wa,--no-warn",
             f"-I{CSRC}",
             f"-I{HERE}",
-            "-isystem",
-            str(cuda_include()),
         )
         version = subprocess.run(
             [self._compiler, "--version"], check=True, capture_output=True, text=True
         ).stdout
+        self._system = digest(version, importlib.metadata.version("nvidia-cuda-runtime"))
         self._state = digest(
-            version,
-            importlib.metadata.version("nvidia-cuda-runtime"),
+            self._system,
             *(path.read_text() for path in sorted([*CSRC.rglob("*.h"), *HERE.glob("*.h")])),
         )
 
@@ -185,6 +187,8 @@ class Toolchain:
     def _start_objects(self, program: Program) -> list[Future[Path]]:
         flavor = program.flavor
         kernel_flags = flavor.flags + flavor.kernel_flags
+        if program.kernel.replacements:
+            kernel_flags += flavor.changed_kernel_flags
         sources = (*program.sources, *EMULATOR, *flavor.runtime)
         return [
             self._start(str(program.kernel), kernel_flags, program.kernel),
@@ -202,6 +206,17 @@ class Toolchain:
         text = source.text() if isinstance(source, Kernel) else source.read_text()
         command = [self._compiler, *self._flags, *flags, "-x", "c++", "-c"]
         key = digest(self._state, text, *command)
+        if isinstance(source, Kernel) and source.replacements:
+            # The kernel as it is has to include what it needs by itself.
+            command += ["-include", str(self._read_headers(flags))]
         # From standard input: a changed kernel is in no file.
         command += ["-"] if isinstance(source, Kernel) else [str(path)]
         return self._files.make(f"{path.stem}-{key}.o", command, text)
+
+    def _read_headers(self, flags: tuple[str, ...]) -> Path:
+        """The system's headers, as the compiler keeps what it has read."""
+        source = HERE / "system_headers.h"
+        command = [self._compiler, *self._language, *flags, "-x", "c++-header", str(source)]
+        name = f"{source.stem}-{digest(self._system, source.read_text(), *command)}.h"
+        # The compiler takes the file that ends in .gch when it is asked for the other.
+        return self._files.make(f"{name}.gch", command).with_suffix("")

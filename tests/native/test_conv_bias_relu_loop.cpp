@@ -11,6 +11,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
+#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
@@ -162,44 +164,108 @@ struct Case {
   int64_t channels, outputs, kernel[2], stride[2], dilation[2], padding[2], size[2];
 };
 
-bool run_convolution(const Case& test, ElementType input_type, ElementType output_type,
-                     bool input_last, bool output_last) {
+constexpr int64_t kImages = 2;
+
+// What a case is called with, densely, images and weights with the columns last; and the sums of
+// its output, in the same order. Neither depends on a call's layouts, output or instruction set:
+// the sums, which take longer than most calls, are computed once for all of them.
+struct Problem {
+  int64_t output_size[2];
+  std::vector<uint8_t> input;  // elements of the input's type
+  std::vector<float> weight, bias;
+  std::vector<double> sums, magnitudes;
+};
+
+Problem make_problem(const Case& test, ElementType input_type) {
+  Problem problem;
+  const int64_t element = element_bytes(input_type), planes = kImages * test.channels;
+  std::vector<double> values(planes * test.size[0] * test.size[1]);
+  problem.input.resize(values.size() * element);
+  for (size_t i = 0; i < values.size(); ++i) {
+    uint8_t* const at = problem.input.data() + i * element;
+    if (input_type == ElementType::uint8) {
+      *at = static_cast<uint8_t>(next_number());
+      values[i] = (*at / 255.0 - 0.45) / 0.25;
+    } else {
+      store_value(input_type, next_float(), at);
+      values[i] = stored_value(input_type, at);
+    }
+  }
+  const int64_t taps = test.channels * test.kernel[0] * test.kernel[1];
+  problem.weight.resize(test.outputs * taps);
+  problem.bias.resize(test.outputs);
+  for (float& weight : problem.weight) weight = next_float();
+  for (float& bias : problem.bias) bias = next_float();
+
+  for (int d = 0; d < 2; ++d) {
+    const int64_t reach = test.dilation[d] * (test.kernel[d] - 1) + 1;
+    problem.output_size[d] = (test.size[d] + 2 * test.padding[d] - reach) / test.stride[d] + 1;
+  }
+  const auto value_at = [&](int64_t n, int64_t c, int64_t y, int64_t x) -> double {
+    if (y < 0 || y >= test.size[0] || x < 0 || x >= test.size[1]) return 0.0;
+    return values[((n * test.channels + c) * test.size[0] + y) * test.size[1] + x];
+  };
+  for (int64_t n = 0; n < kImages; ++n)
+    for (int64_t o = 0; o < test.outputs; ++o)
+      for (int64_t y = 0; y < problem.output_size[0]; ++y)
+        for (int64_t x = 0; x < problem.output_size[1]; ++x) {
+          double sum = problem.bias[o], magnitude = std::fabs(sum);
+          const float* weight = problem.weight.data() + o * taps;
+          for (int64_t c = 0; c < test.channels; ++c)
+            for (int64_t ky = 0; ky < test.kernel[0]; ++ky)
+              for (int64_t kx = 0; kx < test.kernel[1]; ++kx) {
+                const double term =
+                    *weight++ *
+                    value_at(n, c, y * test.stride[0] - test.padding[0] + ky * test.dilation[0],
+                             x * test.stride[1] - test.padding[1] + kx * test.dilation[1]);
+                sum += term;
+                magnitude += std::fabs(term);
+              }
+          problem.sums.push_back(sum);
+          problem.magnitudes.push_back(magnitude);
+        }
+  return problem;
+}
+
+bool run_convolution(const Case& test, const Problem& problem, ElementType input_type,
+                     ElementType output_type, bool input_last, bool output_last) {
   ConvBiasReluArgs args{};
-  const int64_t input_sizes[4] = {2, test.channels, test.size[0], test.size[1]};
+  const int64_t input_sizes[4] = {kImages, test.channels, test.size[0], test.size[1]};
   std::memcpy(args.input_sizes, input_sizes, sizeof input_sizes);
   set_strides(args.input_strides, args.input_sizes, input_last);
-  args.output_sizes[0] = 2;
+  args.output_sizes[0] = kImages;
   args.output_sizes[1] = test.outputs;
   for (int d = 0; d < 2; ++d) {
     args.kernel[d] = test.kernel[d];
     args.stride[d] = test.stride[d];
     args.dilation[d] = test.dilation[d];
     args.padding[d] = test.padding[d];
-    const int64_t reach = test.dilation[d] * (test.kernel[d] - 1) + 1;
-    args.output_sizes[2 + d] = (test.size[d] + 2 * test.padding[d] - reach) / test.stride[d] + 1;
+    args.output_sizes[2 + d] = problem.output_size[d];
   }
   set_strides(args.output_strides, args.output_sizes, output_last);
   const int64_t weight_sizes[4] = {test.outputs, test.channels, test.kernel[0], test.kernel[1]};
   set_strides(args.weight_strides, weight_sizes, false);
 
   const int64_t inputs = count_of(args.input_sizes), weights = count_of(weight_sizes);
-  const Memory input(inputs * element_bytes(input_type) - (planted == Planted::short_input));
+  const int64_t element = element_bytes(input_type);
+  const Memory input(inputs * element - (planted == Planted::short_input));
   const Memory weight(weights * 4 - (planted == Planted::short_weight ? 4 : 0));
   const Memory bias(test.outputs * 4);
   const Memory output(count_of(args.output_sizes) * element_bytes(output_type) -
                       (planted == Planted::short_output));
   const int64_t whole = planted == Planted::short_input ? inputs - 1 : inputs;
-  for (int64_t i = 0; i < whole; ++i) {
-    if (input_type == ElementType::uint8) {
-      input.data()[i] = static_cast<uint8_t>(next_number());
-    } else {
-      store_value(input_type, next_float(), input.data() + i * element_bytes(input_type));
-    }
-  }
-  for (int64_t i = 0; i < weights - (planted == Planted::short_weight); ++i) {
-    weight.floats()[i] = next_float();
-  }
-  for (int64_t i = 0; i < test.outputs; ++i) bias.floats()[i] = next_float();
+  const uint8_t* from = problem.input.data();
+  for (int64_t n = 0; n < kImages; ++n)
+    for (int64_t c = 0; c < test.channels; ++c)
+      for (int64_t y = 0; y < test.size[0]; ++y)
+        for (int64_t x = 0; x < test.size[1]; ++x, from += element) {
+          const int64_t at = n * args.input_strides[0] + c * args.input_strides[1] +
+                             y * args.input_strides[2] + x * args.input_strides[3];
+          if (at < whole) std::memcpy(input.data() + at * element, from, element);
+        }
+  std::memcpy(weight.data(), problem.weight.data(),
+              4 * (weights - (planted == Planted::short_weight)));
+  std::memcpy(bias.data(), problem.bias.data(), 4 * test.outputs);
   std::vector<double> mean(test.channels, 0.45), deviation(test.channels, 0.25);
   std::vector<ChannelConstants> constants(test.channels);
   NormalizeArgs normalization{};
@@ -219,31 +285,13 @@ bool run_convolution(const Case& test, ElementType input_type, ElementType outpu
   args.activity = counted.pointers();
   if (conv_bias_relu_cpu(args, parallel_for) != 0) return false;
 
-  const auto value_at = [&](int64_t n, int64_t c, int64_t y, int64_t x) -> double {
-    if (y < 0 || y >= test.size[0] || x < 0 || x >= test.size[1]) return 0.0;
-    const int64_t at = n * args.input_strides[0] + c * args.input_strides[1] +
-                       y * args.input_strides[2] + x * args.input_strides[3];
-    if (input_type == ElementType::uint8) return (input.data()[at] / 255.0 - 0.45) / 0.25;
-    return stored_value(input_type, input.data() + at * element_bytes(input_type));
-  };
-  for (int64_t n = 0; n < 2; ++n)
+  int64_t i = 0;
+  for (int64_t n = 0; n < kImages; ++n)
     for (int64_t o = 0; o < test.outputs; ++o)
       for (int64_t y = 0; y < args.output_sizes[2]; ++y)
-        for (int64_t x = 0; x < args.output_sizes[3]; ++x) {
-          double sum = bias.floats()[o], magnitude = std::fabs(sum);
-          for (int64_t c = 0; c < test.channels; ++c)
-            for (int64_t ky = 0; ky < test.kernel[0]; ++ky)
-              for (int64_t kx = 0; kx < test.kernel[1]; ++kx) {
-                const int64_t tap =
-                    ((o * test.channels + c) * test.kernel[0] + ky) * test.kernel[1] + kx;
-                const double term =
-                    weight.floats()[tap] *
-                    value_at(n, c, y * test.stride[0] - test.padding[0] + ky * test.dilation[0],
-                             x * test.stride[1] - test.padding[1] + kx * test.dilation[1]);
-                sum += term;
-                magnitude += std::fabs(term);
-              }
-          double expected = std::max(sum, 0.0);
+        for (int64_t x = 0; x < args.output_sizes[3]; ++x, ++i) {
+          const double magnitude = problem.magnitudes[i];
+          double expected = std::max(problem.sums[i], 0.0);
           if (planted == Planted::wrong_value) expected += 0.01 * magnitude;
           const int64_t at = n * args.output_strides[0] + o * args.output_strides[1] +
                              y * args.output_strides[2] + x * args.output_strides[3];
@@ -327,16 +375,27 @@ constexpr Case kCases[] = {
     {1, 16, {9, 20}, {2, 1}, {1, 1}, {0, 9}, {14, 37}},
 };
 
+// Made when first asked for.
+const Problem& problem_of(size_t number, int input) {
+  static std::optional<Problem> problems[std::size(kCases)][4];
+  std::optional<Problem>& problem = problems[number][input];
+  if (!problem) problem = make_problem(kCases[number], static_cast<ElementType>(input));
+  return *problem;
+}
+
 bool run_all(int64_t& cases) {
-  for (const Case& test : kCases)
+  for (size_t number = 0; number < std::size(kCases); ++number)
     for (int input = 0; input < 4; ++input)
       for (const ElementType output : kFloats)
         for (int layouts = 0; layouts < 4; ++layouts) {
           // Large kernels take their time: each input, output and layout once, not all together.
+          const Case& test = kCases[number];
           const int turn = input + layouts + static_cast<int>(output);
           if (turn % 4 != 0 && test.kernel[0] > 5) continue;
           const auto type = static_cast<ElementType>(input);
-          if (!run_convolution(test, type, output, (layouts & 1) != 0, (layouts & 2) != 0)) {
+          const Problem& problem = problem_of(number, input);
+          if (!run_convolution(test, problem, type, output, (layouts & 1) != 0,
+                               (layouts & 2) != 0)) {
             return false;
           }
           ++cases;

@@ -78,6 +78,40 @@ struct Case {
   double floor;
 };
 
+// What the bytes of an image become, in more digits than the loops have. Each is computed once, if
+// it is there: the emulator takes long for a `long double`.
+class ByteValues {
+ public:
+  ByteValues() = default;
+  ByteValues(const int64_t (&counts)[256], double least_width) {
+    long double count = 0, sum = 0, spread = 0;
+    for (int byte = 0; byte < 256; ++byte) {
+      if (counts[byte] == 0) continue;
+      count += counts[byte];
+      sum += counts[byte] * static_cast<long double>(byte);
+    }
+    mean_ = sum / count;
+    for (int byte = 0; byte < 256; ++byte) {
+      if (counts[byte] == 0) continue;
+      spread += counts[byte] * (byte - mean_) * (byte - mean_);
+    }
+    const long double floor =
+        least_width > 0 ? static_cast<long double>(least_width) : 1 / sqrtl(count);
+    width_ = std::max(sqrtl(spread / count), floor);
+  }
+
+  float operator[](uint8_t byte) {
+    if (!known_[byte]) values_[byte] = static_cast<float>((byte - mean_) / width_);
+    known_[byte] = true;
+    return values_[byte];
+  }
+
+ private:
+  long double mean_ = 0, width_ = 1;
+  float values_[256] = {};
+  bool known_[256] = {};
+};
+
 bool run(const Case& test) {
   const auto& sizes = test.sizes;
   StandardizeArgs args{};
@@ -112,29 +146,22 @@ bool run(const Case& test) {
   if (standardize_per_image_cpu(args, parallel_for) != 0) return false;
   const int64_t* in = args.image_strides;
   const int64_t* out = args.output_strides;
+  ByteValues values;
   for (int64_t n = 0; n < sizes[0]; ++n)
     for (int64_t c = 0; c < sizes[1]; ++c) {
-      const int64_t first = test.per_channel ? c : 0, last = test.per_channel ? c + 1 : sizes[1];
-      const auto count = static_cast<long double>((last - first) * sizes[2] * sizes[3]);
-      const auto visit = [&](auto body) {
-        for (int64_t k = first; k < last; ++k)
+      if (test.per_channel || c == 0) {
+        int64_t counts[256] = {};
+        const int64_t last = test.per_channel ? c + 1 : sizes[1];
+        for (int64_t k = c; k < last; ++k)
           for (int64_t h = 0; h < sizes[2]; ++h)
             for (int64_t w = 0; w < sizes[3]; ++w) {
-              body(static_cast<long double>(
-                  args.images[n * in[0] + k * in[1] + h * in[2] + w * in[3]]));
+              ++counts[args.images[n * in[0] + k * in[1] + h * in[2] + w * in[3]]];
             }
-      };
-      long double sum = 0, spread = 0;
-      visit([&](long double x) { sum += x; });
-      const long double mean = sum / count;
-      visit([&](long double x) { spread += (x - mean) * (x - mean); });
-      const long double floor =
-          test.floor > 0 ? static_cast<long double>(test.floor) : 1 / sqrtl(count);
-      const long double width = std::max(sqrtl(spread / count), floor);
+        values = ByteValues(counts, test.floor);
+      }
       for (int64_t h = 0; h < sizes[2]; ++h)
         for (int64_t w = 0; w < sizes[3]; ++w) {
-          const long double x = args.images[n * in[0] + c * in[1] + h * in[2] + w * in[3]];
-          auto expected = static_cast<float>((x - mean) / width);
+          float expected = values[args.images[n * in[0] + c * in[1] + h * in[2] + w * in[3]]];
           if (planted == Planted::wrong_value && n + c + h + w == 0) {
             expected = std::nextafter(expected, 100.0f);
           }
