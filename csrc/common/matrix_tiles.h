@@ -90,16 +90,22 @@ inline void store_tile(int32_t* to) {
 
 template <bool left_is_signed, int sum, int left, int right>
 inline void add_products() {
-  const auto* const bytes = reinterpret_cast<const uint8_t*>(plain_tiles[left]);
-  const auto* const factors = reinterpret_cast<const int8_t*>(plain_tiles[right]);
+  // Copies that no other thread can know of: a sanitizer has nothing to check in the loops.
+  uint8_t bytes[kTileBytes];
+  int8_t factors[kTileBytes];
+  int32_t sums[kTileBytes / 4];
+  __builtin_memcpy(bytes, plain_tiles[left], kTileBytes);
+  __builtin_memcpy(factors, plain_tiles[right], kTileBytes);
+  __builtin_memcpy(sums, plain_tiles[sum], kTileBytes);
   for (int i = 0; i < kTileRows; ++i) {
     for (int k = 0; k < kTileRowBytes; ++k) {
       const uint8_t byte = bytes[i * kTileRowBytes + k];
       const int32_t value = left_is_signed ? static_cast<int8_t>(byte) : byte;
-      const int8_t* const row = factors + k / 4 * kTileRowBytes + k % 4;
-      for (int j = 0; j < kTileRows; ++j) plain_tiles[sum][i * kTileRows + j] += value * row[4 * j];
+      const int row = k / 4 * kTileRowBytes + k % 4;
+      for (int j = 0; j < kTileRows; ++j) sums[i * kTileRows + j] += value * factors[row + 4 * j];
     }
   }
+  __builtin_memcpy(plain_tiles[sum], sums, kTileBytes);
 }
 
 #endif

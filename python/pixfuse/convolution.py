@@ -161,11 +161,15 @@ def conv_bias_relu(
     return output if nchw.dim() == 4 else output.squeeze(0), activity
 
 
-# Dynamo cannot look into torch's settings, so that it takes what they are while it traces.
-@torch.compiler.assume_constant_result
 def _torch_allows_tf32() -> bool:
     cudnn: Any = torch.backends.cudnn
     return bool(cudnn.conv.fp32_precision == "tf32")
+
+
+# Dynamo cannot look into torch's settings, so that it takes what they are while it traces. This is
+# all that torch.compiler.assume_constant_result does, but for importing Dynamo, which takes as long
+# as importing torch.
+_torch_allows_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _lies_channels_last(tensor: torch.Tensor) -> bool:
