@@ -265,16 +265,8 @@ int64_t max_vectors(bool planes_of_floats) {
 
 void conv_bias_relu_loop(const ConvBiasReluJob& job, int64_t first, int64_t last,
                          const Scratch& scratch) {
-  switch (job.args.output_type) {
-    case ElementType::float32:
-      return run_items<float>(job, first, last, scratch);
-    case ElementType::float16:
-      return run_items<Float16>(job, first, last, scratch);
-    case ElementType::bfloat16:
-      return run_items<BFloat16>(job, first, last, scratch);
-    case ElementType::uint8:
-      return;  // no such output
-  }
+  with_output_type(job,
+                   [&](auto of_type) { run_items<decltype(of_type)>(job, first, last, scratch); });
 }
 
 }  // namespace pixfuse::PIXFUSE_ISA

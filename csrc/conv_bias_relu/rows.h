@@ -86,5 +86,20 @@ void run_rows(const ConvBiasReluJob& job, int64_t first, int64_t last, const Scr
   }
 }
 
+// Calls run(a value of the type of the output).
+template <class Run>
+void with_output_type(const ConvBiasReluJob& job, const Run& run) {
+  switch (job.args.output_type) {
+    case ElementType::float32:
+      return run(float{});
+    case ElementType::float16:
+      return run(Float16{});
+    case ElementType::bfloat16:
+      return run(BFloat16{});
+    case ElementType::uint8:
+      return;  // no such output
+  }
+}
+
 }  // namespace
 }  // namespace pixfuse::PIXFUSE_ISA
