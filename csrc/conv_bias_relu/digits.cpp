@@ -59,7 +59,7 @@ uint32_t digits_of(double steps) {
 
 bool digits_suit(const ConvBiasReluArgs& args, const Bounds& bounds) {
   const int64_t reach = (args.kernel[1] - 1) * args.dilation[1] + 1;
-  if (args.input_sizes[1] > kChannels || bounds.taps < kLeastTaps ||
+  if (args.input_sizes[1] > kChannels || bounds.taps < kLeastTaps || reach > kMostPixels ||
       args.kernel[0] * reach > kMostPixels || !bounds.are_kept()) {
     return false;
   }
