@@ -14,7 +14,8 @@ namespace pixfuse::PIXFUSE_ISA {
 namespace {
 
 constexpr int64_t kBlock = kDenormalizeBlockPixels;
-constexpr int kMaxGroup = 4;  // channels whose bytes are brought together
+constexpr int64_t kPiece = 512;  // values that are converted at a time
+constexpr int kMaxGroup = 4;     // channels whose bytes are brought together
 
 // The constants of neighbouring values of interleaved channels, over and over, for a whole number
 // of pixels.
@@ -87,7 +88,8 @@ void convert_values(const T* __restrict in, uint8_t* __restrict out, int64_t cou
 }
 
 template <bool kCycle, class T>
-void convert(const T* in, uint8_t* out, int64_t count, Constants constants, Tallies* tallies) {
+void convert_piece(const T* in, uint8_t* out, int64_t count, Constants constants,
+                   Tallies* tallies) {
   Tallies ignored;
   if (tallies != nullptr) {
     convert_values<kCycle, true>(in, out, count, constants, *tallies);
@@ -99,24 +101,41 @@ void convert(const T* in, uint8_t* out, int64_t count, Constants constants, Tall
 #if defined(__F16C__)
 // gcc does not vectorize the widening with the instruction that does it.
 template <bool kCycle>
-void convert(const Float16* in, uint8_t* out, int64_t count, Constants constants,
-             Tallies* tallies) {
-  alignas(64) float values[Cycle::kCapacity];
-  for (int64_t begin = 0; begin < count; begin += Cycle::kCapacity) {
-    const int64_t left = count - begin;
-    const int64_t length = left < Cycle::kCapacity ? left : Cycle::kCapacity;
-    int64_t i = 0;
-    for (; i + 8 <= length; i += 8) {
-      const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + begin + i));
-      _mm256_store_ps(values + i, _mm256_cvtph_ps(halves));
-    }
-    for (; i < length; ++i) values[i] = widen(in[begin + i]);
-    const Constants here =
-        kCycle ? Constants{constants.scale + begin, constants.offset + begin} : constants;
-    convert<kCycle>(values, out + begin, length, here, tallies);
+void convert_piece(const Float16* in, uint8_t* out, int64_t count, Constants constants,
+                   Tallies* tallies) {
+  alignas(64) float values[kPiece];
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i));
+    _mm256_store_ps(values + i, _mm256_cvtph_ps(halves));
   }
+  for (; i < count; ++i) values[i] = widen(in[i]);
+  convert_piece<kCycle>(values, out, count, constants, tallies);
 }
 #endif
+
+// What is read is up to four times what is written, and a core by itself reads too short a way
+// ahead to keep the memory busy. It may be past the end of the tensor: nothing comes of that.
+template <class T>
+inline void read_ahead(const T* in, int64_t count) {
+  constexpr uintptr_t kAheadBytes = 4096, kLineBytes = 64;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(in) + kAheadBytes;
+  const uintptr_t end = begin + static_cast<uintptr_t>(count) * sizeof(T);
+  for (uintptr_t line = begin; line < end; line += kLineBytes) {
+    __builtin_prefetch(reinterpret_cast<const void*>(line));
+  }
+}
+
+template <bool kCycle, class T>
+void convert(const T* in, uint8_t* out, int64_t count, Constants constants, Tallies* tallies) {
+  for (int64_t begin = 0; begin < count; begin += kPiece) {
+    const int64_t left = count - begin, length = left < kPiece ? left : kPiece;
+    read_ahead(in + begin, length);
+    const Constants here =
+        kCycle ? Constants{constants.scale + begin, constants.offset + begin} : constants;
+    convert_piece<kCycle>(in + begin, out + begin, length, here, tallies);
+  }
+}
 
 // --- order: bytes into the order of the output ---
 
