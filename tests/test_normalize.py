@@ -60,7 +60,7 @@ def check(images: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_every_value(device: torch.device, rounding: Rounding, dtype: torch.dtype) -> None:
-    # Few pixels are computed, many may go through a table: that of few channels, in few bits.
+    # Few pixels are computed step by step; for many a shorter way is tried, of few channels.
     for channels, sides in (
         *((channels, (16, 64)) for channels in range(1, 6)),
         *((channels, (16,)) for channels in (6, 7, 8, 13, 16, 17, 40)),
@@ -96,11 +96,14 @@ def test_every_value_at_the_ends_of_the_range(device: torch.device, rounding: Ro
                 check(all_values(2, side, side).to(device), normalization, dtype=dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rounding", ROUNDINGS)
-def test_many_normalizations(device: torch.device, rounding: Rounding) -> None:
-    images = all_values(3, 36, 36).to(device)  # divided by the inverse
+def test_many_normalizations(device: torch.device, rounding: Rounding, dtype: torch.dtype) -> None:
+    """Enough pixels for shorter ways to be tried; some are exact for none of the channels."""
+    images = all_values(3, 48, 48).to(device)
     for seed in range(100):
-        check(images, made_up(3, rounding, seed))
+        for memory_format in DENSE_FORMATS if seed < 20 else FORMATS[:1]:
+            check(images, made_up(3, rounding, seed), dtype=dtype, memory_format=memory_format)
 
 
 # In float32: the inverse of the first is infinite, though no quotient is; the others are where
@@ -112,7 +115,7 @@ DIVISORS = (1.6e-39, 1 - 2.0**-24, 0.25 - 2.0**-26, 1 + 2.0**-23, 1 / 3, 0.1, 9e
 def test_divisions_by_the_inverse(device: torch.device, rounding: Rounding) -> None:
     """Enough pixels for the loops to try inverses: each gives the quotient, or is not used."""
     for channels in (3, 8, 17):
-        images = all_values(channels, 36, 36).to(device)
+        images = all_values(channels, 48, 48).to(device)
         for std in DIVISORS if channels == 3 else DIVISORS[:2]:
             for mean in (0.5, 0.485, 128 / 255):
                 normalization = of_any_units(
@@ -141,14 +144,22 @@ def test_the_default_is_the_unit_interval() -> None:
 # --- large results, which are stored past the caches where they are whole lines of these ---
 
 
-@pytest.mark.parametrize("width", [1040, 1033])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1040, 1056, 1033])
 @pytest.mark.parametrize("layout", ["nchw", "channels_last", "crop", "one_byte_more_per_pixel"])
-def test_results_beyond_the_caches(layout: str, width: int) -> None:
+def test_results_beyond_the_caches(layout: str, width: int, dtype: torch.dtype) -> None:
+    images = LAYOUTS[layout](3 if dtype == torch.float32 else 4, 3, 720, width)
     for threads in (1, 3):
         torch.set_num_threads(threads)
-        images = LAYOUTS[layout](3, 3, 720, width)
-        assert check(images, made_up(3, "torchvision")).nbytes > 24 << 20
-    check(images[..., 1:], pixfuse.CLIP)
+        results = check(images, made_up(3, "torchvision"), dtype=dtype)
+        assert results.nbytes > 16 << 20
+    # Into memory that is not our own, on whole lines and not.
+    for start in (0, 1):
+        out = torch.empty(results.numel() + 1, dtype=dtype)[start:][: results.numel()]
+        out = out.view(results.shape)
+        pixfuse.normalize(images, made_up(3, "torchvision"), dtype=dtype, out=out)
+        assert_same_bits(out, results)
+    check(images[..., 1:], pixfuse.CLIP, dtype=dtype)
 
 
 # --- shapes and layouts ---

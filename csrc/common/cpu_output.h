@@ -47,15 +47,11 @@ inline torch::stable::Tensor empty_cpu_output(int64_t rank, const int64_t* sizes
 // caches they would push out each other before anybody reads them, and every line would be read
 // from memory just to be overwritten. The size is fixed, since what the system says of the last
 // cache is not to be trusted: that of several sockets, or of all the virtual machines that share
-// it. And in large pages alone, which our own blocks ask for: past the caches to pages of 4 KiB
-// took longer. What computes little for each store asks for a processor whose stores past the
-// caches are fast, too.
-inline bool is_best_past_caches(const void* output, const int64_t (&sizes)[4], ElementType dtype,
-                                bool computes_much = false) {
-  if (!computes_much && !stores_past_caches_fast()) return false;
-  constexpr int64_t kLeastBytes = int64_t{24} << 20;
+// it. Where it takes large pages, our own blocks ask for them.
+inline bool is_best_past_caches(const void* output, const int64_t (&sizes)[4], ElementType dtype) {
+  constexpr int64_t kLeastBytes = int64_t{16} << 20;
   const int64_t bytes = sizes[0] * sizes[1] * sizes[2] * sizes[3] * element_bytes(dtype);
-  return bytes >= kLeastBytes && is_output_buffer(output);
+  return bytes >= kLeastBytes && (!past_caches_needs_large_pages() || is_output_buffer(output));
 }
 
 }  // namespace pixfuse

@@ -16,9 +16,9 @@ bool isa_available(Isa isa);
 // that does not exist or that this machine cannot run.
 Isa active_isa();
 
-// Whether a core stores as much past its caches as through them where it does little else: AMD's
-// do; Intel's keep too few of these stores on the way.
-bool stores_past_caches_fast();
+// Whether stores past the caches took longer than others where pages are of 4 KiB: on AMD's
+// processors they did.
+bool past_caches_needs_large_pages();
 
 // For tests and benchmarks, which compare levels within one process; throws as above.
 void set_active_isa(Isa isa);

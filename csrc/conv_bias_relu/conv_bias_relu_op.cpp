@@ -40,8 +40,7 @@ Tensor convolve_directly(const Call& call, const ChannelActivity& activity) {
   args.weight = static_cast<const float*>(weight.const_data_ptr());
   args.bias = bias.has_value() ? static_cast<const float*>(bias->const_data_ptr()) : nullptr;
   args.output = output.mutable_data_ptr();
-  args.past_caches = is_best_past_caches(args.output, args.output_sizes, args.output_type,
-                                         /*computes_much=*/call.channels_last);
+  args.past_caches = is_best_past_caches(args.output, args.output_sizes, args.output_type);
   args.activity = activity;
   check(conv_bias_relu_cpu(args, torch_parallel_for) == 0, kName,
         "torch's threads to run the loop");

@@ -6,6 +6,8 @@
 // is left out where the order is right already.
 #include "denormalize/denormalize_loop.h"
 
+#include "common/read_ahead.h"
+
 #if defined(__F16C__)
 #include <immintrin.h>
 #endif
@@ -114,23 +116,15 @@ void convert_piece(const Float16* in, uint8_t* out, int64_t count, Constants con
 }
 #endif
 
-// What is read is up to four times what is written, and a core by itself reads too short a way
-// ahead to keep the memory busy. It may be past the end of the tensor: nothing comes of that.
-template <class T>
-inline void read_ahead(const T* in, int64_t count) {
-  constexpr uintptr_t kAheadBytes = 4096, kLineBytes = 64;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(in) + kAheadBytes;
-  const uintptr_t end = begin + static_cast<uintptr_t>(count) * sizeof(T);
-  for (uintptr_t line = begin; line < end; line += kLineBytes) {
-    __builtin_prefetch(reinterpret_cast<const void*>(line));
-  }
-}
+// What is read is up to four times what is written.
+constexpr uintptr_t kAheadBytes = 4096;
 
 template <bool kCycle, class T>
 void convert(const T* in, uint8_t* out, int64_t count, Constants constants, Tallies* tallies) {
   for (int64_t begin = 0; begin < count; begin += kPiece) {
     const int64_t left = count - begin, length = left < kPiece ? left : kPiece;
-    read_ahead(in + begin, length);
+    read_ahead(reinterpret_cast<uintptr_t>(in + begin) + kAheadBytes,
+               length * static_cast<int64_t>(sizeof(T)));
     const Constants here =
         kCycle ? Constants{constants.scale + begin, constants.offset + begin} : constants;
     convert_piece<kCycle>(in + begin, out + begin, length, here, tallies);

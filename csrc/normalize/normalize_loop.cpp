@@ -2,13 +2,18 @@
 // and -ffp-contract=off, since each step of the arithmetic is rounded.
 //
 // A block goes through two plain loops, which the compiler vectorizes: bring its bytes into the
-// order of the output, then convert them, straight into the output. The first is left out where the
-// order is right already. What lies between the two stays in the first-level cache. Where pixels
-// are read backwards (a mirrored image), they are brought into order forwards, from the lowest
-// address on, and turned around in the cache.
+// order of the output, then convert them, straight into the output. What lies between the two stays
+// in the first-level cache. The first is left out where the order is right already, or where the
+// second picks the bytes of a channel out of whole pixels. Where pixels are read backwards (a
+// mirrored image), they are brought into order forwards, from the lowest address on, and turned
+// around in the cache.
 #include "normalize/normalize_loop.h"
 
 #include <stddef.h>
+
+#include <type_traits>
+
+#include "common/read_ahead.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -16,6 +21,16 @@
 
 namespace pixfuse::PIXFUSE_ISA {
 namespace {
+
+// How a result is computed. That of every byte value is compared with what the steps of the
+// arithmetic give before one of the shorter ways is taken: there are 256, so nothing is believed.
+enum class Way { steps, inverses, fused };
+
+// What is known of one channel.
+struct Channel : ChannelConstants {
+  float inverse;        // of std
+  float slope, offset;  // of the whole normalization
+};
 
 // The constants of neighbouring results of an interleaved output: those of the channels, over and
 // over, for a whole number of pixels.
@@ -27,29 +42,29 @@ struct Cycle {
   int64_t period = 0;
   alignas(64) float mean[kCapacity];
   alignas(64) float std[kCapacity];
-  alignas(64) float inverse[kCapacity];  // of std
-  bool by_inverse = false;
+  alignas(64) float inverse[kCapacity];
+  alignas(64) float slope[kCapacity];
+  alignas(64) float offset[kCapacity];
   alignas(64) double center_high[kCapacity];
   alignas(64) double center_low[kCapacity];
   alignas(64) double inverse_width[kCapacity];
 };
 
-// --- convert ---
+// --- compute ---
 
-// A division takes longer than all else together, on some processors longer than memory. With the
-// inverse of the divisor a product is near the quotient, and what it leaves of the dividend, which
-// a fused multiply-add gives exactly, corrects it: to the very quotient, rounded once, with rare
-// exceptions (Markstein, Computation of elementary functions on the IBM RISC System/6000, 1990).
-// There are 256 dividends, so whether there is an exception is not believed but tried.
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
 constexpr bool kHasFusedMultiplyAdd = true;
 #else
 constexpr bool kHasFusedMultiplyAdd = false;
 #endif
 
-template <bool by_inverse>
+// A division takes longer than all else together, on some processors longer than memory. With the
+// inverse of the divisor a product is near the quotient, and what it leaves of the dividend, which
+// a fused multiply-add gives exactly, corrects it: to the very quotient, rounded once, with rare
+// exceptions (Markstein, Computation of elementary functions on the IBM RISC System/6000, 1990).
+template <Way way>
 inline float quotient(float dividend, float divisor, float inverse) {
-  if constexpr (by_inverse && kHasFusedMultiplyAdd) {
+  if constexpr (way == Way::inverses && kHasFusedMultiplyAdd) {
     const float near = dividend * inverse;
     const float rest = __builtin_fmaf(-near, divisor, dividend);
     return __builtin_fmaf(rest, inverse, near);
@@ -57,214 +72,238 @@ inline float quotient(float dividend, float divisor, float inverse) {
   return dividend / divisor;
 }
 
-template <Arithmetic arithmetic, bool by_inverse>
+template <Arithmetic arithmetic, Way way>
 inline float normalize_value(int32_t x, float scale, float mean, float std, float inverse,
-                             double center_high, double center_low, double inverse_width) {
-  if constexpr (arithmetic == Arithmetic::multiply) {
-    return quotient<by_inverse>((static_cast<float>(x) * scale) - mean, std, inverse);
+                             float slope, float offset, double center_high, double center_low,
+                             double inverse_width) {
+  if constexpr (way == Way::fused && kHasFusedMultiplyAdd) {
+    return __builtin_fmaf(static_cast<float>(x), slope, offset);
+  } else if constexpr (arithmetic == Arithmetic::multiply) {
+    return quotient<way>((static_cast<float>(x) * scale) - mean, std, inverse);
   } else if constexpr (arithmetic == Arithmetic::divide) {
-    const float unit = quotient<by_inverse>(static_cast<float>(x), 255.0f, 1.0f / 255.0f);
-    return quotient<by_inverse>(unit - mean, std, inverse);
+    const float unit = quotient<way>(static_cast<float>(x), 255.0f, 1.0f / 255.0f);
+    return quotient<way>(unit - mean, std, inverse);
   } else {
     const double centered = (static_cast<double>(x) - center_high) - center_low;
     return static_cast<float>(centered * inverse_width);
   }
 }
 
-// What is known of one channel.
-struct Channel : ChannelConstants {
-  float inverse;  // of std
-  bool by_inverse;
-
-  Channel(const ChannelConstants& constants, bool by_inverse)
-      : ChannelConstants(constants), inverse(1.0f / constants.std), by_inverse(by_inverse) {}
-};
-
-// `count` bytes of one channel.
-template <Arithmetic arithmetic, bool by_inverse, class T>
-void compute_values(const uint8_t* __restrict in, T* __restrict out, int64_t count, float scale,
-                    const Channel& channel) {
-  const Channel c = channel;  // a local: `out` cannot alias it
-  for (int64_t i = 0; i < count; ++i) {
-    out[i] = round_to<T>(normalize_value<arithmetic, by_inverse>(
-        in[i], scale, c.mean, c.std, c.inverse, c.center_high, c.center_low, c.inverse_width));
+// Half to even; on the fused way half away from zero where that takes less, since a result half way
+// between two others would be found out when the way is tried.
+template <Way way, class T>
+inline T rounded(float value) {
+  if constexpr (way == Way::fused && std::is_same_v<T, BFloat16>) {
+    return {static_cast<uint16_t>((bits_of(value) + 0x8000u) >> 16)};
+  } else {
+    return round_to<T>(value);
   }
 }
 
-// `count` bytes of all channels in turn.
-template <Arithmetic arithmetic, bool by_inverse, class T>
-void compute_values(const uint8_t* __restrict in, T* __restrict out, int64_t count, float scale,
-                    const Cycle& __restrict cycle) {
-  for (int64_t begin = 0; begin < count; begin += cycle.period) {
-    const int64_t left = count - begin;
-    const int64_t length = left < cycle.period ? left : cycle.period;
-    for (int64_t i = 0; i < length; ++i) {
-      out[begin + i] = round_to<T>(normalize_value<arithmetic, by_inverse>(
-          in[begin + i], scale, cycle.mean[i], cycle.std[i], cycle.inverse[i], cycle.center_high[i],
-          cycle.center_low[i], cycle.inverse_width[i]));
-    }
-  }
-}
-
-// `Constants` are those of one Channel, or the Cycle of all.
-template <bool by_inverse, class T, class Constants>
-void compute(const NormalizeArgs& args, const uint8_t* in, T* out, int64_t count,
-             const Constants& constants) {
-  switch (args.arithmetic) {
-    case Arithmetic::multiply:
-      return compute_values<Arithmetic::multiply, by_inverse>(in, out, count, args.scale,
-                                                              constants);
-    case Arithmetic::divide:
-      return compute_values<Arithmetic::divide, by_inverse>(in, out, count, args.scale, constants);
-    case Arithmetic::nearest:
-      return compute_values<Arithmetic::nearest, false>(in, out, count, args.scale, constants);
-  }
-}
-
-template <class T, class Constants>
-void compute(const NormalizeArgs& args, const uint8_t* in, T* out, int64_t count,
-             const Constants& constants) {
-  if (constants.by_inverse) return compute<true>(args, in, out, count, constants);
-  compute<false>(args, in, out, count, constants);
-}
-
-// Whether the inverses give what the divisions give, for every value of every channel.
-bool inverses_are_exact(const NormalizeArgs& args) {
-  uint8_t bytes[256];
-  for (int x = 0; x < 256; ++x) bytes[x] = static_cast<uint8_t>(x);
-  for (int64_t c = 0; c < args.sizes[1]; ++c) {
-    alignas(64) float divided[256], multiplied[256];
-    compute(args, bytes, divided, 256, Channel(args.channels[c], false));
-    compute(args, bytes, multiplied, 256, Channel(args.channels[c], true));
-    uint32_t difference = 0;
-    for (int x = 0; x < 256; ++x) difference |= bits_of(divided[x]) ^ bits_of(multiplied[x]);
-    if (difference != 0) return false;
-  }
-  return true;
-}
-
-template <class T, class Constants>
-void convert(const NormalizeArgs& args, const uint8_t* in, T* out, int64_t count,
-             const Constants& constants) {
-  compute(args, in, out, count, constants);
-}
-
-// Bytes unchanged; they may be where they belong already.
-template <class Constants>
-void convert(const NormalizeArgs&, const uint8_t* in, uint8_t* out, int64_t count,
-             const Constants&) {
-  if (in != out) __builtin_memcpy(out, in, static_cast<size_t>(count));
+template <Way way, class T>
+inline void round_run(const float* __restrict in, T* __restrict out, int count) {
+  for (int i = 0; i < count; ++i) out[i] = rounded<way, T>(in[i]);
 }
 
 #if defined(__F16C__)
 // gcc does not vectorize the rounding to float16 with the instruction that does it, which takes a
 // fraction of the time of the integer steps of round_to.
-void round_run(const float* in, Float16* out, int64_t count) {
-  int64_t i = 0;
+template <Way way>
+inline void round_run(const float* __restrict in, Float16* __restrict out, int count) {
+  constexpr int kHalfToEven = _MM_FROUND_TO_NEAREST_INT;
+  int i = 0;
+#if defined(__AVX512F__)
+  // One store for a line, as it is read at once from where it is stored.
+  for (; i + 32 <= count; i += 32) {
+    const __m256i low = _mm512_maskz_cvtps_ph(0xffff, _mm512_loadu_ps(in + i), kHalfToEven);
+    const __m256i high = _mm512_maskz_cvtps_ph(0xffff, _mm512_loadu_ps(in + i + 16), kHalfToEven);
+    _mm512_storeu_si512(out + i, __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7));
+  }
+#endif
   for (; i + 8 <= count; i += 8) {
-    const __m128i rounded = _mm256_cvtps_ph(_mm256_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT);
+    const __m128i rounded = _mm256_cvtps_ph(_mm256_loadu_ps(in + i), kHalfToEven);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), rounded);
   }
   for (; i < count; ++i) out[i] = round_to<Float16>(in[i]);
 }
-
-inline int64_t whole_period(const Channel&) { return Cycle::kCapacity; }
-inline int64_t whole_period(const Cycle& cycle) { return cycle.period; }
-
-template <class Constants>
-void convert(const NormalizeArgs& args, const uint8_t* in, Float16* out, int64_t count,
-             const Constants& constants) {
-  alignas(64) float values[Cycle::kCapacity];
-  const int64_t step = whole_period(constants);
-  for (int64_t begin = 0; begin < count; begin += step) {
-    const int64_t left = count - begin, length = left < step ? left : step;
-    compute(args, in + begin, values, length, constants);
-    round_run(values, out + begin, length);
-  }
-}
 #endif
 
-#if defined(__AVX512BW__)
-// A table of 16-bit results fits in eight registers of 32 entries; two-register permutes look up 64
-// of them at a time, in less time than it takes to compute and round as many.
-inline __m512i lookup_64(__m512i low, __m512i high, __m512i index) {
-  return _mm512_permutex2var_epi16(low, index, high);  // uses the low 6 bits of each index
-}
-
-constexpr bool kHasLookup = true;
-
-void lookup_run(const uint8_t* in, uint16_t* out, int64_t count, const uint16_t* table) {
-  __m512i entries[8];
-  for (int i = 0; i < 8; ++i) entries[i] = _mm512_loadu_si512(table + 32 * i);
-  const __m512i bit6 = _mm512_set1_epi16(64), bit7 = _mm512_set1_epi16(128);
-  int64_t i = 0;
-  for (; i + 32 <= count; i += 32) {
-    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + i));
-    const __m512i index = _mm512_cvtepu8_epi16(bytes);
-    const __mmask32 in_odd_quarter = _mm512_test_epi16_mask(index, bit6);
-    const __mmask32 in_upper_half = _mm512_test_epi16_mask(index, bit7);
-    const __m512i lower =
-        _mm512_mask_blend_epi16(in_odd_quarter, lookup_64(entries[0], entries[1], index),
-                                lookup_64(entries[2], entries[3], index));
-    const __m512i upper =
-        _mm512_mask_blend_epi16(in_odd_quarter, lookup_64(entries[4], entries[5], index),
-                                lookup_64(entries[6], entries[7], index));
-    _mm512_storeu_si512(out + i, _mm512_mask_blend_epi16(in_upper_half, lower, upper));
+// Calls `run` with the arithmetic and the way as constants.
+template <class Run>
+void with_steps(Arithmetic arithmetic, Way way, const Run& run) {
+  using Steps = std::integral_constant<Way, Way::steps>;
+  using Inverses = std::integral_constant<Way, Way::inverses>;
+  using Multiply = std::integral_constant<Arithmetic, Arithmetic::multiply>;
+  using Divide = std::integral_constant<Arithmetic, Arithmetic::divide>;
+  using Nearest = std::integral_constant<Arithmetic, Arithmetic::nearest>;
+  if (way == Way::fused) {  // whatever the steps are
+    return run(Multiply{}, std::integral_constant<Way, Way::fused>{});
   }
-  for (; i < count; ++i) out[i] = table[in[i]];
+  switch (arithmetic) {
+    case Arithmetic::multiply:
+      return way == Way::inverses ? run(Multiply{}, Inverses{}) : run(Multiply{}, Steps{});
+    case Arithmetic::divide:
+      return way == Way::inverses ? run(Divide{}, Inverses{}) : run(Divide{}, Steps{});
+    case Arithmetic::nearest:
+      return run(Nearest{}, Steps{});  // has no division
+  }
 }
-#else
-constexpr bool kHasLookup = false;
 
-void lookup_run(const uint8_t*, uint16_t*, int64_t, const uint16_t*) {}
-#endif
+// What normalizes a value of one channel. It holds the constants one by one, which the output
+// cannot alias: a copy of the whole Channel reads two members at once that have just been written
+// apart, and then waits until all that was written before them, results too, has left the store
+// buffer.
+template <Arithmetic arithmetic, Way way>
+inline auto normalizer(float scale, const Channel& channel) {
+  return [scale, mean = channel.mean, std = channel.std, inverse = channel.inverse,
+          slope = channel.slope, offset = channel.offset, center_high = channel.center_high,
+          center_low = channel.center_low, inverse_width = channel.inverse_width](int32_t x) {
+    return normalize_value<arithmetic, way>(x, scale, mean, std, inverse, slope, offset,
+                                            center_high, center_low, inverse_width);
+  };
+}
 
-// A table costs 256 conversions, and so does trying the inverses; it pays when several times as
-// many pixels use it.
-constexpr int64_t kTablePixels = 1024;
+// --- interleaved results: all channels in turn ---
 
-// --- one channel of float32, and past the caches ---
+// `count` bytes, at most Cycle::kCapacity, beginning with a first channel.
+template <Arithmetic arithmetic, Way way>
+inline void compute_cycle(const uint8_t* __restrict in, float* __restrict out, int64_t count,
+                          float scale, const Cycle& __restrict cycle) {
+  for (int64_t i = 0; i < count; ++i) {
+    out[i] = normalize_value<arithmetic, way>(
+        in[i], scale, cycle.mean[i], cycle.std[i], cycle.inverse[i], cycle.slope[i],
+        cycle.offset[i], cycle.center_high[i], cycle.center_low[i], cycle.inverse_width[i]);
+  }
+}
 
-// What the value of a pixel is read from: bytes that lie side by side, or pixels of 4 bytes, which
-// are read as words (of the byte order that every machine with loops here has).
+template <class T>
+void convert_cycles(const NormalizeArgs& args, Way way, const uint8_t* in, T* out, int64_t count,
+                    const Cycle& cycle) {
+  with_steps(args.arithmetic, way, [&](auto arithmetic, auto way) {
+    for (int64_t begin = 0; begin < count; begin += cycle.period) {
+      const int64_t left = count - begin, length = left < cycle.period ? left : cycle.period;
+      if constexpr (std::is_same_v<T, float>) {
+        compute_cycle<arithmetic.value, way.value>(in + begin, out + begin, length, args.scale,
+                                                   cycle);
+      } else {
+        alignas(64) float values[Cycle::kCapacity];
+        compute_cycle<arithmetic.value, way.value>(in + begin, values, length, args.scale, cycle);
+        round_run<way.value>(values, out + begin, static_cast<int>(length));
+      }
+    }
+  });
+}
+
+// Bytes unchanged; they may be where they belong already.
+void convert_cycles(const NormalizeArgs&, Way, const uint8_t* in, uint8_t* out, int64_t count,
+                    const Cycle&) {
+  if (in != out) __builtin_memcpy(out, in, static_cast<size_t>(count));
+}
+
+// --- planar results: one channel ---
+
+// So many values are read at once, as whole numbers of 32 bits.
+constexpr int kAtOnce = 16;
+
+// Where they are read from: bytes that lie side by side.
 struct Bytes {
   const uint8_t* in;
-  static constexpr bool ends = false;  // for what Words has it
+  static constexpr bool ends = false;  // for what PixelBytes has it
 
-  int32_t operator()(int64_t i) const { return in[i]; }
+  void read(int64_t i, int32_t* values) const {
+#if defined(__AVX512F__)
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i));
+    _mm512_storeu_si512(values, _mm512_maskz_cvtepu8_epi32(0xffff, bytes));
+#elif defined(__AVX2__)
+    for (int j = 0; j < kAtOnce; j += 8) {
+      const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(in + i + j));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(values + j), _mm256_cvtepu8_epi32(bytes));
+    }
+#else
+    for (int j = 0; j < kAtOnce; ++j) values[j] = in[i + j];
+#endif
+  }
   int32_t last(int64_t i) const { return in[i]; }
 };
-struct Words {
+
+// Or one byte of each pixel of `step` bytes, 3 or 4.
+template <int step>
+struct PixelBytes {
   const uint8_t* in;
   int place;  // of the channel in the pixel
   bool ends;  // whether memory may end before the fourth byte of the last pixel
 
-  int32_t operator()(int64_t i) const {
-    uint32_t word;
-    __builtin_memcpy(&word, in + 4 * i, sizeof word);
-    return static_cast<int32_t>(word >> (8 * place) & 255u);
+  void read(int64_t i, int32_t* values) const {
+    const uint8_t* pixels = in + step * i;
+#if defined(__AVX512BW__)
+    __m512i lanes;  // four pixels in each
+    if constexpr (step == 3) {
+      lanes = _mm512_maskz_permutexvar_epi32(
+          0xffff, _mm512_setr_epi32(0, 1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 9, 9, 10, 11, 12),
+          _mm512_maskz_loadu_epi32(0x0fff, pixels));
+    } else {
+      lanes = _mm512_loadu_si512(pixels);
+    }
+    const __m512i order = _mm512_maskz_broadcast_i32x4(0xffff, places(0));
+    _mm512_storeu_si512(values, _mm512_shuffle_epi8(lanes, order));
+#elif defined(__AVX2__)
+    // Of pixels of three bytes the upper four of eight end where the bytes end that are read.
+    const __m256i order = _mm256_set_m128i(places(16 - 4 * step), places(0));
+    for (int j = 0; j < kAtOnce; j += 8, pixels += 8 * step) {
+      const auto* lower = reinterpret_cast<const __m128i*>(pixels);
+      const auto* upper = reinterpret_cast<const __m128i*>(pixels + 8 * step - 16);
+      const __m256i lanes = _mm256_loadu2_m128i(upper, lower);
+      const __m256i spread = _mm256_shuffle_epi8(lanes, order);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(values + j), spread);
+    }
+#else
+    // As words, of the byte order that every machine with loops here has.
+    static_assert(step == 4);
+    for (int j = 0; j < kAtOnce; ++j) {
+      uint32_t word;
+      __builtin_memcpy(&word, pixels + 4 * j, sizeof word);
+      values[j] = static_cast<int32_t>(word >> (8 * place) & 255u);
+    }
+#endif
   }
-  int32_t last(int64_t i) const { return in[4 * i + place]; }
+  int32_t last(int64_t i) const { return in[step * i + place]; }
+
+#if defined(__AVX2__)
+ private:
+  // Where the lowest bytes of four numbers are in a lane; the others, with the highest bit, are 0.
+  __m128i places(int skipped) const {
+    const int first = static_cast<int>(0x80808000) + skipped + place;
+    return _mm_setr_epi32(first, first + step, first + 2 * step, first + 3 * step);
+  }
+#endif
 };
 
+// Whether pixels of 3 bytes can be read so; otherwise their channels are brought apart first.
+#if defined(__AVX2__)
+constexpr bool kReadsTriples = true;
+#else
+constexpr bool kReadsTriples = false;
+#endif
+
 // A line of the caches. Storing one past them saves reading it first; a line that is stored in part
-// costs more than that, so such outputs lie on whole lines. Some lines are computed at a time.
-constexpr int64_t kLineBytes = 64, kLineValues = kLineBytes / sizeof(float);
-constexpr int64_t kSomeValues = 32;
+// costs more than that, so such outputs lie on whole lines.
+constexpr int kLineBytes = 64;
 
 #if defined(__AVX512F__)
 constexpr bool kCanPassCaches = true;
-inline void store_line(float* out, const float* line) {
-  _mm512_stream_ps(out, _mm512_load_ps(line));
+inline void store_line(void* out, const void* line) {
+  _mm512_stream_si512(static_cast<__m512i*>(out), _mm512_load_si512(line));
 }
 #elif defined(__AVX2__)
 constexpr bool kCanPassCaches = true;
-inline void store_line(float* out, const float* line) {
-  for (int i = 0; i < kLineValues; i += 8) _mm256_stream_ps(out + i, _mm256_load_ps(line + i));
+inline void store_line(void* out, const void* line) {
+  auto* const to = static_cast<__m256i*>(out);
+  const auto* const from = static_cast<const __m256i*>(line);
+  for (int i = 0; i < 2; ++i) _mm256_stream_si256(to + i, _mm256_load_si256(from + i));
 }
 #else
 constexpr bool kCanPassCaches = false;
-inline void store_line(float*, const float*) {}
+inline void store_line(void*, const void*) {}
 #endif
 
 // Whoever is told that the work is done sees what was stored past the caches, too.
@@ -274,67 +313,134 @@ inline void finish_past_caches() {
 #endif
 }
 
-template <Arithmetic arithmetic, bool by_inverse, bool past_caches, class Read>
-void compute_channel(const Read read, float* __restrict out, int64_t count, float scale,
-                     const Channel& channel) {
-  const Channel c = channel;
-  const auto value = [&](int32_t byte) {
-    return normalize_value<arithmetic, by_inverse>(byte, scale, c.mean, c.std, c.inverse,
-                                                   c.center_high, c.center_low, c.inverse_width);
-  };
-  const int64_t sure = count - (read.ends ? 1 : 0);
-  int64_t i = 0;
-  if constexpr (past_caches) {
-    alignas(kLineBytes) float values[kSomeValues];
-    for (; i + kSomeValues <= sure; i += kSomeValues) {
-      for (int64_t j = 0; j < kSomeValues; ++j) values[j] = value(read(i + j));
-      for (int64_t j = 0; j < kSomeValues; j += kLineValues) store_line(out + i + j, values + j);
+// Rounds and stores `count` values, whole lines if past the caches.
+template <Way way, bool past_caches, int count, class T>
+inline void store_some(const float* values, T* out) {
+  alignas(kLineBytes) T results[count];
+  round_run<way>(values, results, count);
+  // Line by line, which the compiler keeps in registers.
+  constexpr int kLineValues = kLineBytes / sizeof(T),
+                kStep = count < kLineValues ? count : kLineValues;
+  static_assert(!past_caches || count % kLineValues == 0);
+  for (int64_t i = 0; i < count; i += kStep) {
+    if constexpr (past_caches) {
+      store_line(out + i, results + i);
+    } else {
+      __builtin_memcpy(out + i, results + i, kStep * sizeof(T));
     }
-    // The last lines, too: each that is stored the usual way waits until it has been read.
-    const int64_t rest = (count - i) / kLineValues * kLineValues;
-    const int64_t sure_rest = rest < sure - i ? rest : sure - i;
-    for (int64_t j = 0; j < sure_rest; ++j) values[j] = value(read(i + j));
-    for (int64_t j = sure_rest; j < rest; ++j) values[j] = value(read.last(i + j));
-    for (int64_t j = 0; j < rest; j += kLineValues) store_line(out + i + j, values + j);
-    i += rest;
   }
-  for (; i < sure; ++i) out[i] = value(read(i));
-  for (; i < count; ++i) out[i] = value(read.last(i));
 }
 
-template <bool by_inverse, bool past_caches, class Read>
-void convert_channel(const NormalizeArgs& args, const Read read, float* out, int64_t count,
+template <Arithmetic arithmetic, Way way, bool past_caches, class From, class T>
+void compute_channel(const From from, T* __restrict out, int64_t count, float scale,
                      const Channel& channel) {
-  switch (args.arithmetic) {
-    case Arithmetic::multiply:
-      return compute_channel<Arithmetic::multiply, by_inverse, past_caches>(read, out, count,
-                                                                            args.scale, channel);
-    case Arithmetic::divide:
-      return compute_channel<Arithmetic::divide, by_inverse, past_caches>(read, out, count,
-                                                                          args.scale, channel);
-    case Arithmetic::nearest:
-      return compute_channel<Arithmetic::nearest, false, past_caches>(read, out, count, args.scale,
-                                                                      channel);
+  constexpr int kLineValues = kLineBytes / sizeof(T), kSome = 32;
+  const auto value = normalizer<arithmetic, way>(scale, channel);
+  const auto compute_some = [&](int64_t first, auto some) {
+    alignas(kLineBytes) float values[some.value];
+    for (int64_t j = 0; j < some.value; j += kAtOnce) {
+      int32_t bytes[kAtOnce];
+      from.read(first + j, bytes);
+      for (int k = 0; k < kAtOnce; ++k) values[j + k] = value(bytes[k]);
+    }
+    store_some<way, past_caches, some.value>(values, out + first);
+  };
+  const int64_t sure = count - (from.ends ? 1 : 0);
+  int64_t i = 0;
+  for (; i + kSome <= sure; i += kSome) compute_some(i, std::integral_constant<int, kSome>{});
+  if constexpr (!past_caches || kAtOnce % kLineValues == 0) {
+    for (; i + kAtOnce <= sure; i += kAtOnce) {
+      compute_some(i, std::integral_constant<int, kAtOnce>{});
+    }
   }
+  if constexpr (past_caches) {
+    // The last lines, too: each that is stored the usual way waits until it has been read.
+    for (; i + kLineValues <= count; i += kLineValues) {
+      alignas(kLineBytes) float values[kLineValues];
+      for (int64_t j = 0; j < kLineValues; ++j) values[j] = value(from.last(i + j));
+      store_some<way, past_caches, kLineValues>(values, out + i);
+    }
+  }
+  for (; i < count; ++i) out[i] = rounded<way, T>(value(from.last(i)));
 }
 
-template <class Read>
-void convert_channel(const NormalizeArgs& args, const Read read, float* out, int64_t count,
+template <class From, class T>
+void convert_channel(const NormalizeArgs& args, Way way, const From from, T* out, int64_t count,
                      const Channel& channel, bool past_caches) {
-  if (channel.by_inverse) {
-    return past_caches ? convert_channel<true, kCanPassCaches>(args, read, out, count, channel)
-                       : convert_channel<true, false>(args, read, out, count, channel);
+  with_steps(args.arithmetic, way, [&](auto arithmetic, auto way) {
+    if (past_caches) {
+      compute_channel<arithmetic.value, way.value, kCanPassCaches>(from, out, count, args.scale,
+                                                                   channel);
+    } else {
+      compute_channel<arithmetic.value, way.value, false>(from, out, count, args.scale, channel);
+    }
+  });
+}
+
+// Bytes unchanged; they may be where they belong already.
+void convert_channel(const NormalizeArgs&, Way, const Bytes from, uint8_t* out, int64_t count,
+                     const Channel&, bool) {
+  if (from.in != out) __builtin_memcpy(out, from.in, static_cast<size_t>(count));
+}
+
+// --- ways ---
+
+inline float nudged(float value, int steps) {
+  return float_of(bits_of(value) + static_cast<uint32_t>(steps));
+}
+
+// Whether a way gives what the steps give, for every value of a channel.
+template <class T>
+bool is_exact(const NormalizeArgs& args, Way way, const Channel& channel, const T (&exact)[256],
+              const uint8_t (&bytes)[256]) {
+  alignas(64) T results[256];
+  convert_channel(args, way, Bytes{bytes}, results, 256, channel, false);
+  return __builtin_memcmp(results, exact, sizeof exact) == 0;
+}
+
+// The shortest way that is exact for all channels. Types of 16 bits round the errors of the fused
+// way off; where one value falls on the other side of a half, a slope or an offset next to the
+// nearest ones may do.
+template <class T>
+Way try_ways(const NormalizeArgs& args, Channel* channels) {
+  constexpr int kSlopeSteps[] = {0, 1, -1}, kOffsetSteps[] = {0, 1, -1, 2, -2, 3, -3, 4, -4};
+  if (!kHasFusedMultiplyAdd) return Way::steps;
+  uint8_t bytes[256];
+  for (int x = 0; x < 256; ++x) bytes[x] = static_cast<uint8_t>(x);
+  bool fused = true, inverses = true;
+  for (int64_t c = 0; c < args.sizes[1] && (fused || inverses); ++c) {
+    Channel& channel = channels[c];
+    alignas(64) T exact[256];
+    convert_channel(args, Way::steps, Bytes{bytes}, exact, 256, channel, false);
+    inverses = inverses && is_exact(args, Way::inverses, channel, exact, bytes);
+    if (!fused) continue;
+    const float slope = channel.slope, offset = channel.offset;
+    fused = is_exact(args, Way::fused, channel, exact, bytes);
+    for (int k = 1; sizeof(T) == 2 && k < 27 && !fused; ++k) {
+      channel.slope = nudged(slope, kSlopeSteps[k / 9]);
+      channel.offset = nudged(offset, kOffsetSteps[k % 9]);
+      fused = is_exact(args, Way::fused, channel, exact, bytes);
+    }
   }
-  return past_caches ? convert_channel<false, kCanPassCaches>(args, read, out, count, channel)
-                     : convert_channel<false, false>(args, read, out, count, channel);
+  return fused ? Way::fused : inverses ? Way::inverses : Way::steps;
+}
+
+// Whether the results of a channel lie side by side, or those of a pixel.
+inline bool is_planar(const NormalizeArgs& args) {
+  return args.output_strides[3] == 1 || args.sizes[3] == 1;
+}
+inline bool is_interleaved(const NormalizeArgs& args) {
+  return !is_planar(args) && args.sizes[1] <= Cycle::kMaxChannels && args.output_strides[1] == 1 &&
+         args.output_strides[3] == args.sizes[1];
 }
 
 // Whether every row of every plane begins and ends where a line does.
+template <class T>
 inline bool on_lines(const NormalizeArgs& args) {
   uintptr_t offsets = reinterpret_cast<uintptr_t>(args.output);
   for (int d = 0; d < 4; ++d) {
     const int64_t elements = d < 3 ? args.output_strides[d] : args.sizes[3];
-    if (args.sizes[d] > 1) offsets |= static_cast<uintptr_t>(elements) * sizeof(float);
+    if (args.sizes[d] > 1) offsets |= static_cast<uintptr_t>(elements) * sizeof(T);
   }
   return offsets % kLineBytes == 0;
 }
@@ -438,18 +544,62 @@ inline Pixels pixels_of(const NormalizeArgs& args, const uint8_t* in, int64_t co
   return {in + (count - 1) * step, -step, true};
 }
 
+// --- what is prepared once for the channels ---
+
+constexpr int64_t kPreparedChannels = Cycle::kMaxChannels;
+
+// Trying the ways costs several times 256 conversions; it pays when many more pixels use them.
+constexpr int64_t kTriedPixels = 2048;
+
+Channel channel_of(const NormalizeArgs& args, int64_t c) {
+  Channel channel{args.channels[c], 0.0f, 0.0f, 0.0f};
+  channel.inverse = 1.0f / channel.std;
+  channel.slope = static_cast<float>(channel.inverse_width);
+  const double center = channel.center_high + channel.center_low;
+  channel.offset = static_cast<float>(-center * channel.inverse_width);
+  return channel;
+}
+
+void fill_cycle(const Channel* channels, int64_t count, Cycle& cycle) {
+  cycle.period = count * Cycle::kPixels;
+  for (int64_t c = 0; c < count; ++c) {
+    const Channel& channel = channels[c];
+    for (int64_t i = c; i < cycle.period; i += count) {
+      cycle.mean[i] = channel.mean;
+      cycle.std[i] = channel.std;
+      cycle.inverse[i] = channel.inverse;
+      cycle.slope[i] = channel.slope;
+      cycle.offset[i] = channel.offset;
+      cycle.center_high[i] = channel.center_high;
+      cycle.center_low[i] = channel.center_low;
+      cycle.inverse_width[i] = channel.inverse_width;
+    }
+  }
+}
+
+template <class T>
+struct Prepared {
+  Way way = Way::steps;
+  Channel channels[kPreparedChannels];  // where there are not more of them
+  Cycle cycle;                          // where the results of a pixel lie side by side
+
+  Prepared(const NormalizeArgs& args, int64_t pixels) {
+    const int64_t count = args.sizes[1];
+    if (sizeof(T) == 1 || count > kPreparedChannels) return;
+    for (int64_t c = 0; c < count; ++c) channels[c] = channel_of(args, c);
+    if constexpr (sizeof(T) > 1) {
+      if (pixels >= kTriedPixels) way = try_ways<T>(args, channels);
+    }
+    if (args.output_strides[1] == 1) fill_cycle(channels, count, cycle);
+  }
+};
+
 // --- one block ---
 
 // Bytes of a channel can go to where they belong at once, if no arithmetic is between.
 inline uint8_t* bytes_of(uint8_t* out) { return out; }
 template <class T>
 inline uint8_t* bytes_of(T*) {
-  return nullptr;
-}
-
-inline float* float32_of(float* out) { return out; }
-template <class T>
-inline float* float32_of(T*) {
   return nullptr;
 }
 
@@ -461,23 +611,37 @@ constexpr int64_t kWholePlanePixels = 16384;
 // The results of a channel lie side by side.
 template <class T>
 void normalize_planar(const NormalizeArgs& args, const uint8_t* in, T* out, int64_t count,
-                      const uint16_t* table, bool by_inverse, bool past_caches, bool ends) {
+                      const Prepared<T>& prepared, bool past_caches, bool ends) {
   const int64_t channels = args.sizes[1];
   const int64_t in_channel = args.image_strides[1];
   const int group = channels == 3 || channels == 4 ? static_cast<int>(channels) : 1;
   const int distinct = in_channel == 0 ? 1 : group;  // one channel, repeated
   const Pixels pixels = pixels_of(args, in, count);
   const bool forward = in_channel == 1, backward = in_channel == -1;  // within the pixel
-  float* const float32 = float32_of(out);
-  if (float32 != nullptr && group == channels && group > 1 && (forward || backward) &&
-      pixels.step == 4 && !pixels.mirrored) {
-    for (int k = 0; k < group; ++k) {
-      const Words words{pixels.lowest - (backward ? group - 1 : 0), backward ? group - 1 - k : k,
-                        ends && group < 4};
-      convert_channel(args, words, float32 + k * args.output_strides[1], count,
-                      Channel(args.channels[k], by_inverse), past_caches);
+  if constexpr (sizeof(T) > 1) {
+    if (group == channels && group > 1 && (forward || backward) && !pixels.mirrored &&
+        (pixels.step == 4 || (pixels.step == 3 && kReadsTriples))) {
+      const uint8_t* lowest = pixels.lowest - (backward ? group - 1 : 0);
+      const int64_t bytes_here = count * pixels.step;
+      for (int k = 0; k < group; ++k) {
+        // The pixels are read once per channel, of which only the first waits for memory: meanwhile
+        // a part of the next block, which mostly follows, is on its way.
+        const int64_t part = bytes_here * k / group, next_part = bytes_here * (k + 1) / group;
+        read_ahead(reinterpret_cast<uintptr_t>(lowest) + static_cast<uintptr_t>(bytes_here + part),
+                   next_part - part);
+        const int place = backward ? group - 1 - k : k;
+        T* target = out + k * args.output_strides[1];
+        const Channel& channel = prepared.channels[k];
+        if (pixels.step == 4) {
+          const PixelBytes<4> bytes{lowest, place, ends && group < 4};
+          convert_channel(args, prepared.way, bytes, target, count, channel, past_caches);
+        } else if constexpr (kReadsTriples) {
+          const PixelBytes<3> bytes{lowest, place, false};
+          convert_channel(args, prepared.way, bytes, target, count, channel, past_caches);
+        }
+      }
+      return;
     }
-    return;
   }
 
   alignas(64) uint8_t runs[kMaxGroup][kMaxBlockPixels];
@@ -517,14 +681,9 @@ void normalize_planar(const NormalizeArgs& args, const uint8_t* in, T* out, int6
       const int64_t c = first + k;
       const uint8_t* bytes = source[k < distinct ? k : 0];
       T* target = out + c * args.output_strides[1];
-      const Channel channel(args.channels[c], by_inverse);
-      if (table != nullptr) {
-        lookup_run(bytes, reinterpret_cast<uint16_t*>(target), count, table + 256 * c);
-      } else if (float32 != nullptr) {
-        convert_channel(args, Bytes{bytes}, float32_of(target), count, channel, past_caches);
-      } else {
-        convert(args, bytes, target, count, channel);
-      }
+      convert_channel(args, prepared.way, Bytes{bytes}, target, count,
+                      channels <= kPreparedChannels ? prepared.channels[c] : channel_of(args, c),
+                      past_caches);
     }
   }
 }
@@ -532,7 +691,7 @@ void normalize_planar(const NormalizeArgs& args, const uint8_t* in, T* out, int6
 // The results of a pixel lie side by side.
 template <class T>
 void normalize_interleaved(const NormalizeArgs& args, const uint8_t* in, T* out, int64_t count,
-                           const Cycle& cycle) {
+                           const Prepared<T>& prepared) {
   const int64_t channels = args.sizes[1], in_channel = args.image_strides[1];
   const Pixels from = pixels_of(args, in, count);
   const bool backward = in_channel == -1;
@@ -571,82 +730,29 @@ void normalize_interleaved(const NormalizeArgs& args, const uint8_t* in, T* out,
       gather(in + c * in_channel, args.image_strides[3], pixels + c, channels, count);
     }
   }
-  convert(args, source, out, count * channels, cycle);
+  convert_cycles(args, prepared.way, source, out, count * channels, prepared.cycle);
 }
 
 // Any strides, for channels beyond what a Cycle holds.
 template <class T>
-void normalize_strided(const NormalizeArgs& args, const uint8_t* in, T* out, int64_t count,
-                       bool by_inverse) {
+void normalize_strided(const NormalizeArgs& args, const uint8_t* in, T* out, int64_t count) {
   alignas(64) uint8_t run[kMaxBlockPixels];
   alignas(64) T results[kMaxBlockPixels];
   for (int64_t c = 0; c < args.sizes[1]; ++c) {
     gather(in + c * args.image_strides[1], args.image_strides[3], run, 1, count);
-    convert(args, run, results, count, Channel(args.channels[c], by_inverse));
+    convert_channel(args, Way::steps, Bytes{run}, results, count, channel_of(args, c), false);
     T* target = out + c * args.output_strides[1];
     for (int64_t i = 0; i < count; ++i) target[i * args.output_strides[3]] = results[i];
   }
 }
 
-void fill_cycle(const NormalizeArgs& args, bool by_inverse, Cycle& cycle) {
-  const int64_t channels = args.sizes[1];
-  cycle.period = channels * Cycle::kPixels;
-  cycle.by_inverse = by_inverse;
-  for (int64_t c = 0; c < channels; ++c) {
-    const Channel channel(args.channels[c], by_inverse);
-    for (int64_t i = c; i < cycle.period; i += channels) {
-      cycle.mean[i] = channel.mean;
-      cycle.std[i] = channel.std;
-      cycle.inverse[i] = channel.inverse;
-      cycle.center_high[i] = channel.center_high;
-      cycle.center_low[i] = channel.center_low;
-      cycle.inverse_width[i] = channel.inverse_width;
-    }
-  }
-}
-
-// What each of the 256 values becomes, per channel.
 template <class T>
-void fill_table(const NormalizeArgs& args, T* table) {
-  uint8_t values[256];
-  for (int x = 0; x < 256; ++x) values[x] = static_cast<uint8_t>(x);
-  for (int64_t c = 0; c < args.sizes[1]; ++c) {
-    convert(args, values, table + 256 * c, 256, Channel(args.channels[c], false));
-  }
-}
-
-// What is made once for the channels, when first needed.
-template <class T>
-struct Prepared {
-  bool has_cycle = false, has_table = false, has_inverses = false, by_inverse = false;
-  Cycle cycle;
-  alignas(64) T table[kMaxGroup * 256];
-};
-
-template <class T>
-void normalize_blocks(const NormalizeArgs& args, int64_t first, int64_t last, bool table_pays,
-                      Prepared<T>& prepared) {
-  const int64_t channels = args.sizes[1], width = args.sizes[3];
-  const bool planar = args.output_strides[3] == 1 || width == 1;
-  const bool interleaved = !planar && channels <= Cycle::kMaxChannels &&
-                           args.output_strides[1] == 1 && args.output_strides[3] == channels;
-  const bool use_table =
-      kHasLookup && sizeof(T) == 2 && planar && channels <= kMaxGroup && table_pays;
-  if (sizeof(T) > 1 && table_pays && !use_table && !prepared.has_inverses) {
-    prepared.by_inverse = kHasFusedMultiplyAdd && inverses_are_exact(args);
-    prepared.has_inverses = true;
-  }
-  if (interleaved && sizeof(T) > 1 && !prepared.has_cycle) {
-    fill_cycle(args, prepared.by_inverse, prepared.cycle);
-    prepared.has_cycle = true;
-  }
-  if (use_table && !prepared.has_table) {
-    fill_table(args, prepared.table);
-    prepared.has_table = true;
-  }
-
+void normalize_blocks(const NormalizeArgs& args, int64_t first, int64_t last,
+                      const Prepared<T>& prepared) {
+  const int64_t width = args.sizes[3];
+  const bool planar = is_planar(args), interleaved = is_interleaved(args);
   const bool past_caches =
-      kCanPassCaches && args.past_caches && planar && sizeof(T) == sizeof(float) && on_lines(args);
+      kCanPassCaches && args.past_caches && planar && sizeof(T) > 1 && on_lines<T>(args);
   const int64_t per_row = blocks_per_row(args), pixels = block_pixels(args);
   const bool whole_planes = planar && args.image_strides[3] == 1 && width <= kWholePlanePixels;
   for (int64_t block = first, blocks; block < last; block += blocks) {
@@ -663,13 +769,11 @@ void normalize_blocks(const NormalizeArgs& args, int64_t first, int64_t last, bo
     // Whether no pixel of the image lies behind the block.
     const bool ends = w + count == width && (h + 1 == args.sizes[2] || args.image_strides[2] <= 0);
     if (planar) {
-      normalize_planar(args, in, out, count,
-                       use_table ? reinterpret_cast<const uint16_t*>(prepared.table) : nullptr,
-                       prepared.by_inverse, past_caches, ends);
+      normalize_planar(args, in, out, count, prepared, past_caches, ends);
     } else if (interleaved) {
-      normalize_interleaved(args, in, out, count, prepared.cycle);
+      normalize_interleaved(args, in, out, count, prepared);
     } else {
-      normalize_strided(args, in, out, count, prepared.by_inverse);
+      normalize_strided(args, in, out, count);
     }
   }
   if (past_caches) finish_past_caches();
@@ -677,21 +781,20 @@ void normalize_blocks(const NormalizeArgs& args, int64_t first, int64_t last, bo
 
 template <class T>
 void normalize_range(const NormalizeArgs& args, int64_t first, int64_t last) {
-  Prepared<T> prepared;
   const int64_t most = block_pixels(args), pixels = args.sizes[3] < most ? args.sizes[3] : most;
-  normalize_blocks(args, first, last, (last - first) * pixels >= kTablePixels, prepared);
+  normalize_blocks(args, first, last, Prepared<T>(args, (last - first) * pixels));
 }
 
 template <class T>
 void normalize_all(const NormalizeArgs* parts, int64_t count) {
-  Prepared<T> prepared;
   int64_t pixels = 0;
   for (int64_t i = 0; i < count; ++i) {
     pixels += parts[i].sizes[0] * parts[i].sizes[2] * parts[i].sizes[3];
   }
+  const Prepared<T> prepared(parts[0], pixels);
   for (int64_t i = 0; i < count; ++i) {
     const int64_t blocks = parts[i].sizes[0] * parts[i].sizes[2] * blocks_per_row(parts[i]);
-    normalize_blocks(parts[i], 0, blocks, pixels >= kTablePixels, prepared);
+    normalize_blocks(parts[i], 0, blocks, prepared);
   }
 }
 
