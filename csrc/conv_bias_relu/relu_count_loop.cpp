@@ -1,5 +1,6 @@
 // The last pass over a convolution that somebody else computed: ReLU, rounding, activity. Compiled
 // once per instruction set, with PIXFUSE_ISA naming its namespace.
+#include "common/read_ahead.h"
 #include "conv_bias_relu/conv_bias_relu_loop.h"
 #include "conv_bias_relu/vectors.h"
 
@@ -9,6 +10,9 @@ namespace {
 // Values that are added up in float32, to each lane, before a sum goes on in float64: so few that a
 // sum of theirs is right to 1e-5.
 constexpr int64_t kFloatSums = 64;
+
+// The convolution has just been written, but is more than the nearest caches hold.
+constexpr uintptr_t kAheadBytes = 4096;
 
 struct Result {
   int64_t active = 0;
@@ -37,6 +41,8 @@ Result relu_plane(const In* in, Out* out, int64_t count) {
     Vector sum{};
     int64_t i = begin;
     for (; i + kLanes <= begin + length; i += kLanes) {
+      read_ahead(reinterpret_cast<uintptr_t>(in + i) + kAheadBytes,
+                 kLanes * static_cast<int64_t>(sizeof(In)));
       const Vector y = round_as<Out>(relu(load_floats(in + i)));
       active = count_positive(active, y);
       sum += y;
@@ -78,6 +84,8 @@ void relu_vectors(const In* in, Out* out, int64_t pixels, int64_t step, int64_t 
     Integers active[vectors] = {};
     Vector sum[vectors] = {};
     for (int64_t p = begin; p < end; ++p) {
+      read_ahead(reinterpret_cast<uintptr_t>(in + p * step) + kAheadBytes,
+                 vectors * kLanes * static_cast<int64_t>(sizeof(In)));
       for (int v = 0; v < vectors; ++v) {
         const In* from = in + p * step + v * kLanes;
         Out* to = out + p * step + v * kLanes;
