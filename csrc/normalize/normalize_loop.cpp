@@ -226,6 +226,21 @@ struct Bytes {
   int32_t last(int64_t i) const { return in[i]; }
 };
 
+#if defined(__AVX512BW__)
+// 16 pixels of `step` bytes, 3 or 4, four of them at the beginning of each lane. `whole`: all bytes
+// of the last one are there.
+template <int step, bool whole>
+inline __m512i load_pixels(const uint8_t* in) {
+  if constexpr (step == 3) {
+    return _mm512_maskz_permutexvar_epi32(
+        0xffff, _mm512_setr_epi32(0, 1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 9, 9, 10, 11, 12),
+        _mm512_maskz_loadu_epi32(0x0fff, in));
+  } else {
+    return whole ? _mm512_loadu_si512(in) : _mm512_maskz_loadu_epi8(~uint64_t{0} >> 1, in);
+  }
+}
+#endif
+
 // Or one byte of each pixel of `step` bytes, 3 or 4.
 template <int step>
 struct PixelBytes {
@@ -236,16 +251,8 @@ struct PixelBytes {
   void read(int64_t i, int32_t* values) const {
     const uint8_t* pixels = in + step * i;
 #if defined(__AVX512BW__)
-    __m512i lanes;  // four pixels in each
-    if constexpr (step == 3) {
-      lanes = _mm512_maskz_permutexvar_epi32(
-          0xffff, _mm512_setr_epi32(0, 1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 9, 9, 10, 11, 12),
-          _mm512_maskz_loadu_epi32(0x0fff, pixels));
-    } else {
-      lanes = _mm512_loadu_si512(pixels);
-    }
     const __m512i order = _mm512_maskz_broadcast_i32x4(0xffff, places(0));
-    _mm512_storeu_si512(values, _mm512_shuffle_epi8(lanes, order));
+    _mm512_storeu_si512(values, _mm512_shuffle_epi8(load_pixels<step, true>(pixels), order));
 #elif defined(__AVX2__)
     // Of pixels of three bytes the upper four of eight end where the bytes end that are read.
     const __m256i order = _mm256_set_m128i(places(16 - 4 * step), places(0));
@@ -452,7 +459,26 @@ constexpr int kMaxGroup = 4;  // channels that are brought apart together
 template <int channels, int step>
 void deinterleave(const uint8_t* __restrict in, uint8_t* const (&runs)[kMaxGroup], int64_t count) {
   uint8_t* __restrict run0 = runs[0], * __restrict run1 = runs[1], * __restrict run2 = runs[2], * __restrict run3 = runs[3];
-  for (int64_t i = 0; i < count; ++i) {
+  int64_t i = 0;
+#if defined(__AVX512BW__)
+  const __m512i by_channel = _mm512_maskz_broadcast_i32x4(
+      0xffff, step == 3 ? _mm_setr_epi8(0, 3, 6, 9, 1, 4, 7, 10, 2, 5, 8, 11, -1, -1, -1, -1)
+                        : _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+  const __m512i across = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  for (; i + 16 <= count; i += 16) {
+    const __m512i pixels = load_pixels<step, channels == step>(in + step * i);
+    const __m512i apart =
+        _mm512_maskz_permutexvar_epi32(0xffff, across, _mm512_shuffle_epi8(pixels, by_channel));
+    const auto store = [&](uint8_t* to, __m128i bytes) {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), bytes);
+    };
+    store(run0, _mm512_maskz_extracti32x4_epi32(0xf, apart, 0));
+    store(run1, _mm512_maskz_extracti32x4_epi32(0xf, apart, 1));
+    store(run2, _mm512_maskz_extracti32x4_epi32(0xf, apart, 2));
+    if constexpr (channels == 4) store(run3, _mm512_maskz_extracti32x4_epi32(0xf, apart, 3));
+  }
+#endif
+  for (; i < count; ++i) {
     run0[i] = in[step * i];
     run1[i] = in[step * i + 1];
     run2[i] = in[step * i + 2];
