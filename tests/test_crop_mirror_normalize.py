@@ -432,7 +432,7 @@ def test_outputs_beyond_the_caches(larger: int, width: int, threads: int) -> Non
         made_up(channels, "torchvision"),
         mirror=[i >= len(makers) and larger > 0 for i in range(len(images))],
     )
-    assert result.nbytes > 16 << 20
+    assert result.nbytes > 24 << 20
 
 
 # --- images ---

@@ -148,11 +148,11 @@ def test_the_default_is_the_unit_interval() -> None:
 @pytest.mark.parametrize("width", [1040, 1056, 1033])
 @pytest.mark.parametrize("layout", ["nchw", "channels_last", "crop", "one_byte_more_per_pixel"])
 def test_results_beyond_the_caches(layout: str, width: int, dtype: torch.dtype) -> None:
-    images = LAYOUTS[layout](3 if dtype == torch.float32 else 4, 3, 720, width)
+    images = LAYOUTS[layout](3 if dtype == torch.float32 else 6, 3, 720, width)
     for threads in (1, 3):
         torch.set_num_threads(threads)
         results = check(images, made_up(3, "torchvision"), dtype=dtype)
-        assert results.nbytes > 16 << 20
+        assert results.nbytes > 24 << 20
     # Into memory that is not our own, on whole lines and not.
     for start in (0, 1):
         out = torch.empty(results.numel() + 1, dtype=dtype)[start:][: results.numel()]

@@ -45,13 +45,14 @@ inline torch::stable::Tensor empty_cpu_output(int64_t rank, const int64_t* sizes
 
 // Whether floats at `output` are best stored past the caches: where they are so many that in the
 // caches they would push out each other before anybody reads them, and every line would be read
-// from memory just to be overwritten. The size is fixed, since what the system says of the last
-// cache is not to be trusted: that of several sockets, or of all the virtual machines that share
-// it. Where it takes large pages, our own blocks ask for them.
+// from memory just to be overwritten. The sizes are measured ones, since what the system says of
+// the last cache is not to be trusted: that of several sockets, or of all the virtual machines that
+// share it. On AMD's processors results fit a larger cache, and stores past it to pages of 4 KiB
+// took longer than others; our own blocks ask for large ones.
 inline bool is_best_past_caches(const void* output, const int64_t (&sizes)[4], ElementType dtype) {
-  constexpr int64_t kLeastBytes = int64_t{16} << 20;
   const int64_t bytes = sizes[0] * sizes[1] * sizes[2] * sizes[3] * element_bytes(dtype);
-  return bytes >= kLeastBytes && (!past_caches_needs_large_pages() || is_output_buffer(output));
+  if (is_amd()) return bytes >= int64_t{24} << 20 && is_output_buffer(output);
+  return bytes >= int64_t{8} << 20;
 }
 
 }  // namespace pixfuse

@@ -96,7 +96,7 @@ bool isa_available(Isa isa) {
   }
 }
 
-bool past_caches_needs_large_pages() {
+bool is_amd() {
 #if defined(__x86_64__)
   return __builtin_cpu_is("amd");
 #else

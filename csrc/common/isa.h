@@ -16,9 +16,7 @@ bool isa_available(Isa isa);
 // that does not exist or that this machine cannot run.
 Isa active_isa();
 
-// Whether stores past the caches took longer than others where pages are of 4 KiB: on AMD's
-// processors they did.
-bool past_caches_needs_large_pages();
+bool is_amd();
 
 // For tests and benchmarks, which compare levels within one process; throws as above.
 void set_active_isa(Isa isa);
