@@ -29,35 +29,57 @@ double normalized(const ConvBiasReluArgs& args, const ChannelConstants& channel,
   return static_cast<float>(centered * channel.inverse_width);
 }
 
-float largest_of(const float* weights, int64_t count) {
+// Of weights side by side. Several sums of each kind take turns, and a sign is a mask: then the
+// compiler uses vectors.
+WeightSums sums_of(const float* weights, int64_t count) {
+  constexpr int kTurns = 8;
+  double positive[kTurns] = {}, negative[kTurns] = {};
   // The bits of magnitudes are in the order of the magnitudes, with NaN above all of them.
-  uint32_t largest = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    largest = std::max(largest, bits_of(weights[i]) & 0x7fffffffu);
+  int32_t largest[kTurns] = {};
+  const auto add = [&](const float* from, int turns) __attribute__((always_inline)) {
+    for (int k = 0; k < turns; ++k) {
+      const auto bits = static_cast<int32_t>(bits_of(from[k]));
+      const int32_t sign = bits >> 31, magnitude = bits & 0x7fffffff;
+      positive[k] += double{float_of(static_cast<uint32_t>(bits & ~sign))};
+      negative[k] += double{float_of(static_cast<uint32_t>(bits & sign))};
+      largest[k] = largest[k] > magnitude ? largest[k] : magnitude;
+    }
+  };
+  int64_t i = 0;
+  for (; i + kTurns <= count; i += kTurns) add(weights + i, kTurns);
+  add(weights + i, static_cast<int>(count - i));
+  WeightSums sums;
+  int32_t most = 0;
+  for (int k = 0; k < kTurns; ++k) {
+    sums.positive += positive[k];
+    sums.negative += negative[k];
+    most = std::max(most, largest[k]);
   }
-  return float_of(largest);
+  sums.largest = float_of(static_cast<uint32_t>(most));
+  return sums;
 }
 
 }  // namespace
 
-Bounds::Bounds(const ConvBiasReluArgs& args)
-    : taps(args.kernel[0] * args.kernel[1] * args.input_sizes[1]),
-      args(args),
-      padded(reaches_beyond_the_image(args)),
-      weights(static_cast<size_t>(args.output_sizes[1] * taps)) {
-  const int64_t channels = args.input_sizes[1];
+Bounds::Bounds(const ConvBiasReluArgs& args) : args(args), padded(reaches_beyond_the_image(args)) {
+  const int64_t channels = args.input_sizes[1], rows = args.kernel[0], columns = args.kernel[1];
   const int64_t* strides = args.weight_strides;
-  float* to = weights.data();
+  const bool side_by_side = strides[3] == 1 && strides[2] == columns;
+  std::vector<float> plane(static_cast<size_t>(side_by_side ? 0 : rows * columns));
+  sums.reserve(static_cast<size_t>(args.output_sizes[1] * channels));
   for (int64_t o = 0; o < args.output_sizes[1]; ++o) {
-    for (int64_t ky = 0; ky < args.kernel[0]; ++ky) {
-      for (int64_t c = 0; c < channels; ++c) {
-        const float* from = args.weight + o * strides[0] + c * strides[1] + ky * strides[2];
-        for (int64_t kx = 0; kx < args.kernel[1]; ++kx)
-          to[kx * channels + c] = from[kx * strides[3]];
+    for (int64_t c = 0; c < channels; ++c) {
+      const float* weights = args.weight + o * strides[0] + c * strides[1];
+      if (!side_by_side) {
+        for (int64_t ky = 0; ky < rows; ++ky) {
+          for (int64_t kx = 0; kx < columns; ++kx) {
+            plane[ky * columns + kx] = weights[ky * strides[2] + kx * strides[3]];
+          }
+        }
+        weights = plane.data();
       }
-      to += args.kernel[1] * channels;
+      sums.push_back(pixfuse::sums_of(weights, rows * columns));
     }
-    largest.push_back(largest_of(weights_of(o), taps));
   }
   // Each step of the normalization keeps the order of what it is given, or turns it.
   for (int64_t c = 0; c < channels; ++c) {
@@ -72,24 +94,19 @@ bool Bounds::are_kept() const {
   for (int64_t c = 0; c < args.input_sizes[1]; ++c) {
     if (!(-ranges[c].least <= kLargest && ranges[c].greatest <= kLargest)) return false;
   }
-  return std::all_of(largest.begin(), largest.end(),
-                     [](float weight) { return weight <= kLargest; });  // false for NaN
+  return std::all_of(sums.begin(), sums.end(),
+                     [](const WeightSums& some) { return some.largest <= kLargest; });  // no NaN
 }
 
 std::vector<bool> Bounds::dead_channels() const {
-  const int64_t channels = args.input_sizes[1];
   std::vector<bool> dead;
   for (int64_t o = 0; o < args.output_sizes[1]; ++o) {
-    const float* const weight = weights_of(o);
-    double most[kMaxDirectChannels] = {};
-    for (int64_t i = 0; i < taps; i += channels) {
-      for (int64_t c = 0; c < channels; ++c) {
-        most[c] += std::max(weight[i + c] * ranges[c].greatest, weight[i + c] * ranges[c].least);
-      }
+    double most = args.bias != nullptr ? double{args.bias[o]} : 0.0;
+    for (int64_t c = 0; c < args.input_sizes[1]; ++c) {
+      const WeightSums& some = sums_of(o)[c];
+      most += some.positive * ranges[c].greatest + some.negative * ranges[c].least;
     }
-    double sum = args.bias != nullptr ? double{args.bias[o]} : 0.0;
-    for (int64_t c = 0; c < channels; ++c) sum += most[c];
-    dead.push_back(sum <= 0.0);
+    dead.push_back(most <= 0.0);
   }
   return dead;
 }

@@ -1,4 +1,4 @@
-// What a convolution of bytes can come to: its weights in one place, and the values that normalized
+// What a convolution of bytes can come to, from sums of its weights and the values that normalized
 // pixels can have. For the ways that need both to be in bounds, and for the channels that no image
 // fires.
 #pragma once
@@ -7,6 +7,14 @@
 #include "conv_bias_relu/conv_bias_relu_loop.h"
 
 namespace pixfuse {
+
+// Of an output channel and an input channel.
+struct WeightSums {
+  double positive = 0.0, negative = 0.0;
+  float largest = 0.0f;  // magnitude; infinite or NaN if one of the weights is
+
+  double sum() const { return positive + negative; }
+};
 
 class Bounds {
  public:
@@ -20,16 +28,13 @@ class Bounds {
   // them overflows in an order other than the direct one.
   bool are_kept() const;
 
-  // Which output channels no image can bring above 0.
+  // Which output channels no image can bring above 0. For weights and values that are kept.
   std::vector<bool> dead_channels() const;
 
-  // The weights of an output channel, [kernel row][kernel column][input channel].
-  const float* weights_of(int64_t output) const { return weights.data() + output * taps; }
-
-  // Of each output channel; infinite or NaN if one of its weights is.
-  const std::vector<float>& largest_weights() const { return largest; }
-
-  const int64_t taps;  // of an output channel
+  // Of an output channel, for each input channel.
+  const WeightSums* sums_of(int64_t output) const {
+    return sums.data() + output * args.input_sizes[1];
+  }
 
  private:
   // The least and the greatest value of a channel of normalized bytes.
@@ -39,7 +44,7 @@ class Bounds {
 
   const ConvBiasReluArgs& args;
   const bool padded;
-  std::vector<float> weights, largest;
+  std::vector<WeightSums> sums;
   Range ranges[kMaxDirectChannels];
 };
 

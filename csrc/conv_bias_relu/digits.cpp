@@ -47,6 +47,23 @@ bool black_is_zero(const ConvBiasReluArgs& args) {
   return true;
 }
 
+// Of the sums of weight * offset of the pixels of a kernel, the largest magnitude.
+double largest_offset_of(const ConvBiasReluArgs& args, int64_t output, const Line* lines) {
+  const int64_t* const strides = args.weight_strides;
+  double largest = 0.0;
+  for (int64_t ky = 0; ky < args.kernel[0]; ++ky) {
+    for (int64_t kx = 0; kx < args.kernel[1]; ++kx) {
+      const float* weight = args.weight + output * strides[0] + ky * strides[2] + kx * strides[3];
+      double offset = 0.0;
+      for (int64_t c = 0; c < args.input_sizes[1]; ++c) {
+        offset += double{weight[c * strides[1]]} * lines[c].offset;
+      }
+      largest = std::max(largest, std::fabs(offset));
+    }
+  }
+  return largest;
+}
+
 // Of a number of steps, rounded: the lowest digit in the lowest byte. With 128 added to each digit
 // none is negative, and the bytes of the number are the digits; less 128, they have another sign.
 uint32_t digits_of(double steps) {
@@ -59,7 +76,8 @@ uint32_t digits_of(double steps) {
 
 bool digits_suit(const ConvBiasReluArgs& args, const Bounds& bounds) {
   const int64_t reach = (args.kernel[1] - 1) * args.dilation[1] + 1;
-  if (args.input_sizes[1] > kChannels || bounds.taps < kLeastTaps || reach > kMostPixels ||
+  const int64_t taps = args.kernel[0] * args.kernel[1] * args.input_sizes[1];
+  if (args.input_sizes[1] > kChannels || taps < kLeastTaps || reach > kMostPixels ||
       args.kernel[0] * reach > kMostPixels || !bounds.are_kept()) {
     return false;
   }
@@ -67,10 +85,14 @@ bool digits_suit(const ConvBiasReluArgs& args, const Bounds& bounds) {
   for (int64_t c = 0; c < args.input_sizes[1]; ++c) {
     least_scale = std::min(least_scale, std::fabs(line_of(args, c, 0.0).scale));
   }
-  const std::vector<float>& largest = bounds.largest_weights();
-  return std::all_of(largest.begin(), largest.end(), [&](float weight) {
-    return weight == 0.0f || weight * least_scale >= kLeast;
-  });
+  for (int64_t o = 0; o < args.output_sizes[1]; ++o) {
+    float largest = 0.0f;
+    for (int64_t c = 0; c < args.input_sizes[1]; ++c) {
+      largest = std::max(largest, bounds.sums_of(o)[c].largest);
+    }
+    if (largest != 0.0f && largest * least_scale < kLeast) return false;
+  }
+  return true;
 }
 
 Digits::Digits(const ConvBiasReluArgs& args, int64_t padded_outputs)
@@ -96,23 +118,20 @@ void Digits::pack_weight(const ConvBiasReluArgs& args, const Bounds& bounds,
   }
   Line lines[kChannels];
   for (int64_t c = 0; c < channels; ++c) lines[c] = line_of(args, c, plan.is_signed ? 128.0 : 0.0);
+  const int64_t* const strides = args.weight_strides;
   for (int64_t o = 0; o < outputs; ++o) {
-    const float* const weights = bounds.weights_of(o);
-    double offsets = 0.0, largest_offset = 0.0;
-    float largest[kChannels] = {};
-    for (int64_t i = 0; i < bounds.taps; i += channels) {
-      double offset = 0.0;
-      for (int64_t c = 0; c < channels; ++c) {
-        offset += weights[i + c] * lines[c].offset;
-        largest[c] = std::max(largest[c], std::fabs(weights[i + c]));
-      }
-      offsets += offset;
-      largest_offset = std::max(largest_offset, std::fabs(offset));
+    const WeightSums* const sums = bounds.sums_of(o);
+    double offsets = 0.0, most = 0.0;
+    for (int64_t c = 0; c < channels; ++c) {
+      offsets += sums[c].sum() * lines[c].offset;
+      most = std::max(most, sums[c].largest * lines[c].scale);
     }
-    double most = bounds.is_padded() ? largest_offset / kInside : 0.0;
-    for (int64_t c = 0; c < channels; ++c) most = std::max(most, largest[c] * lines[c].scale);
-    const double own = args.bias != nullptr ? double{args.bias[o]} : 0.0;
-    bias.push_back(static_cast<float>(bounds.is_padded() ? own : own + offsets));
+    if (bounds.is_padded()) {
+      most = std::max(most, largest_offset_of(args, o, lines) / kInside);
+      offsets = 0.0;
+    }
+    bias.push_back(
+        static_cast<float>((args.bias != nullptr ? double{args.bias[o]} : 0.0) + offsets));
     if (most > 0.0) {
       step[o] = std::nextafter(static_cast<float>(most / kMostSteps), HUGE_VALF);
     }
@@ -121,7 +140,7 @@ void Digits::pack_weight(const ConvBiasReluArgs& args, const Bounds& bounds,
   const int64_t rows_per_step = kTileQuads / plan.segment;
   for (int64_t first = 0; first < outputs; first += kVector) {
     const int64_t count = std::min(kVector, outputs - first);
-    const float* const weights = bounds.weights_of(first);
+    const float* const weights = args.weight + first * strides[0];
     double per_step[kVector] = {};  // 0 also for what there is not
     for (int64_t o = 0; o < count; ++o) per_step[o] = dead[first + o] ? 0.0 : 1.0 / step[first + o];
     for (int64_t ky = 0; ky < args.kernel[0]; ++ky) {
@@ -129,11 +148,11 @@ void Digits::pack_weight(const ConvBiasReluArgs& args, const Bounds& bounds,
         const int64_t reach = kx * args.dilation[1];
         const int64_t at = ky / rows_per_step * plan.pieces_per_row + reach / kTileQuads;
         const int64_t place = ky % rows_per_step * plan.segment + reach % kTileQuads;
-        const int64_t tap = (ky * args.kernel[1] + kx) * channels;
+        const int64_t tap = ky * strides[2] + kx * strides[3];
         double factors[kQuadBytes][kVector] = {};
         for (int64_t c = 0; c < channels; ++c) {
           for (int64_t o = 0; o < count; ++o) {
-            const double weight = weights[o * bounds.taps + tap + c];
+            const double weight = weights[o * strides[0] + c * strides[1] + tap];
             factors[c][o] = weight * lines[c].scale;
             if (bounds.is_padded()) factors[kChannels][o] += weight * lines[c].offset / kInside;
           }

@@ -151,7 +151,8 @@ void run_items(const ReluCountJob& job, int64_t first, int64_t last) {
   const In* in = static_cast<const In*>(args.input);
   Out* out = static_cast<Out*>(args.output);
   const int64_t channels = args.channels;
-  for (int64_t item = first; item < last; ++item) {
+  // The last ones first: what was written last is in the nearest cache still.
+  for (int64_t item = last - 1; item >= first; --item) {
     if (!args.channels_last) {
       const int64_t begin = item * args.pixels;
       Result result;
