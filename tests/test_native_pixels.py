@@ -45,8 +45,6 @@ PLANTED = [
     ("sanitized", "short_output", "heap-buffer-overflow"),
     ("sanitized", "early_input", "heap-buffer-overflow"),
     ("sanitized", "wrong_value", "expected"),
-    ("address", "short_input", "heap-buffer-overflow"),
-    ("address", "short_output", "heap-buffer-overflow"),
     ("thread", "race", "data race"),
     ("plain", "wrong_value", "expected"),
     ("plain", "short_input", None),

@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -49,6 +50,7 @@ class Build:
     machine: str = platform.machine()
     runner: tuple[str, ...] = ()
     arguments: tuple[str, ...] = ()
+    as_in_product: bool = False  # of what building the package has compiled, if it has
 
 
 # The tiles of common/matrix_tiles.h as plain loops: sanitizers see them, and any machine has them.
@@ -62,8 +64,6 @@ BUILDS = {
             *(PLAIN_TILES, *ADDRESS_CHECKS),
         )
     ),
-    # The loops as they are vectorized in the product: gcc adds these checks after that.
-    "address": Build(("-O3", "-g1", PLAIN_TILES, *ADDRESS_CHECKS)),
     "thread": Build(
         ("-O1", "-g1", PLAIN_TILES, "-fsanitize=thread"),
         # The thread sanitizer of gcc 12 cannot run at the addresses that newer kernels choose.
@@ -71,7 +71,9 @@ BUILDS = {
         arguments=("threads",),
     ),
     # The loops as they are in the product, between forbidden pages.
-    "plain": Build(("-O3", *(() if "amx" in available_isas() else (PLAIN_TILES,)))),
+    "plain": Build(
+        ("-O3", *(() if "amx" in available_isas() else (PLAIN_TILES,))), as_in_product=True
+    ),
     "aarch64": Build(
         ("-O3", "-static"),
         compiler="aarch64-linux-gnu-g++",
@@ -118,6 +120,20 @@ def _state(compiler: str) -> str:
     return digest(version.stdout, *(path.read_text() for path in headers))
 
 
+def _of_product(source: Path, isa: str | None) -> Path | None:
+    """What building the package made of a source, unless that or a header has changed since."""
+    target = "pixfuse_cpu" if isa is None else f"pixfuse_loops_{isa}"
+    inside = f"CMakeFiles/{target}.dir/{source.relative_to(ROOT)}.o"
+    tag = f"cp{sys.version_info.major}{sys.version_info.minor}-*"
+    needed = [source, ROOT / "CMakeLists.txt", *CSRC.rglob("*.h")]
+    newest = max(path.stat().st_mtime for path in needed)
+    for folder in (ROOT / "build").glob(tag):
+        compiled = folder / inside
+        if compiled.exists() and compiled.stat().st_mtime > newest:
+            return compiled
+    return None
+
+
 @cache
 def build(program: Program, name: str) -> Built:
     """Compiles a program; a build that this machine cannot make or run skips the test."""
@@ -129,9 +145,13 @@ def build(program: Program, name: str) -> Built:
     compiler = [build.compiler, "-std=c++20"]
     includes = ["-Wall", "-Wextra", f"-I{CSRC}", f"-I{NATIVE}"]
 
-    def compiled(source: Path, stem: str, flags: Sequence[str]) -> Path:
+    def compiled(source: Path, stem: str, flags: Sequence[str], isa: str | None = None) -> Path:
         command = [*compiler, *includes, *flags, "-c", str(source)]
         key = digest(_state(build.compiler), source.read_text(), *command)
+        if build.as_in_product and not (isa == "amx" and PLAIN_TILES in flags):
+            product = _of_product(source, isa)
+            if product is not None:
+                command = ["ld", "--relocatable", str(product)]  # a copy
         return files.make(f"{stem}-{key}.o", command)
 
     with ThreadPoolExecutor(jobs()) as pool:
@@ -147,6 +167,7 @@ def build(program: Program, name: str) -> Built:
                 CSRC / loop,
                 f"{Path(loop).stem}_{isa}-{name}",
                 [*build.flags, *flags, f"-DPIXFUSE_ISA={isa}"],
+                isa,
             )
             for isa, flags in loop_flags(build.machine).items()
             for loop in (program.tiles if isa == "amx" else program.loops)
