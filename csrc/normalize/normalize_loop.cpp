@@ -64,7 +64,7 @@ constexpr bool kHasFusedMultiplyAdd = false;
 // exceptions (Markstein, Computation of elementary functions on the IBM RISC System/6000, 1990).
 template <Way way>
 inline float quotient(float dividend, float divisor, float inverse) {
-  if constexpr (way == Way::inverses && kHasFusedMultiplyAdd) {
+  if constexpr (way == Way::inverses) {
     const float near = dividend * inverse;
     const float rest = __builtin_fmaf(-near, divisor, dividend);
     return __builtin_fmaf(rest, inverse, near);
@@ -76,7 +76,7 @@ template <Arithmetic arithmetic, Way way>
 inline float normalize_value(int32_t x, float scale, float mean, float std, float inverse,
                              float slope, float offset, double center_high, double center_low,
                              double inverse_width) {
-  if constexpr (way == Way::fused && kHasFusedMultiplyAdd) {
+  if constexpr (way == Way::fused) {
     return __builtin_fmaf(static_cast<float>(x), slope, offset);
   } else if constexpr (arithmetic == Arithmetic::multiply) {
     return quotient<way>((static_cast<float>(x) * scale) - mean, std, inverse);
@@ -132,18 +132,24 @@ inline void round_run(const float* __restrict in, Float16* __restrict out, int c
 template <class Run>
 void with_steps(Arithmetic arithmetic, Way way, const Run& run) {
   using Steps = std::integral_constant<Way, Way::steps>;
-  using Inverses = std::integral_constant<Way, Way::inverses>;
   using Multiply = std::integral_constant<Arithmetic, Arithmetic::multiply>;
   using Divide = std::integral_constant<Arithmetic, Arithmetic::divide>;
   using Nearest = std::integral_constant<Arithmetic, Arithmetic::nearest>;
-  if (way == Way::fused) {  // whatever the steps are
-    return run(Multiply{}, std::integral_constant<Way, Way::fused>{});
+  if constexpr (kHasFusedMultiplyAdd) {
+    using Inverses = std::integral_constant<Way, Way::inverses>;
+    if (way == Way::fused) {  // whatever the steps are
+      return run(Multiply{}, std::integral_constant<Way, Way::fused>{});
+    }
+    if (way == Way::inverses && arithmetic == Arithmetic::multiply) {
+      return run(Multiply{}, Inverses{});
+    }
+    if (way == Way::inverses && arithmetic == Arithmetic::divide) return run(Divide{}, Inverses{});
   }
   switch (arithmetic) {
     case Arithmetic::multiply:
-      return way == Way::inverses ? run(Multiply{}, Inverses{}) : run(Multiply{}, Steps{});
+      return run(Multiply{}, Steps{});
     case Arithmetic::divide:
-      return way == Way::inverses ? run(Divide{}, Inverses{}) : run(Divide{}, Steps{});
+      return run(Divide{}, Steps{});
     case Arithmetic::nearest:
       return run(Nearest{}, Steps{});  // has no division
   }

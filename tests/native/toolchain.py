@@ -50,6 +50,7 @@ class Build:
     machine: str = platform.machine()
     runner: tuple[str, ...] = ()
     arguments: tuple[str, ...] = ()
+    checked: tuple[str, ...] = ()  # instruction sets whose loops are; the others' are plain
     as_in_product: bool = False  # of what building the package has compiled, if it has
 
 
@@ -64,8 +65,10 @@ BUILDS = {
             *(PLAIN_TILES, *ADDRESS_CHECKS),
         )
     ),
+    # Threads share the same with every instruction set.
     "thread": Build(
         ("-O1", "-g1", PLAIN_TILES, "-fsanitize=thread"),
+        checked=("portable", "amx"),
         # The thread sanitizer of gcc 12 cannot run at the addresses that newer kernels choose.
         runner=("setarch", "--addr-no-randomize"),
         arguments=("threads",),
@@ -99,7 +102,7 @@ def loop_flags(machine: str) -> dict[str, list[str]]:
     for isa in levels[1].split():
         own = re.search(rf"set\(isa_flags_{isa} (.*)\)", branch)
         assert own is not None
-        flags[isa] = ["-ffp-contract=off", *filter(None, shlex.split(f"{common[1]} {own[1]}"))]
+        flags[isa] = [*filter(None, shlex.split(f"{common[1]} {own[1]}"))]
     return flags
 
 
@@ -145,31 +148,30 @@ def build(program: Program, name: str) -> Built:
     compiler = [build.compiler, "-std=c++20"]
     includes = ["-Wall", "-Wextra", f"-I{CSRC}", f"-I{NATIVE}"]
 
-    def compiled(source: Path, stem: str, flags: Sequence[str], isa: str | None = None) -> Path:
+    def compiled(source: Path, stem: str, flags: Sequence[str]) -> Path:
         command = [*compiler, *includes, *flags, "-c", str(source)]
         key = digest(_state(build.compiler), source.read_text(), *command)
-        if build.as_in_product and not (isa == "amx" and PLAIN_TILES in flags):
-            product = _of_product(source, isa)
-            if product is not None:
-                command = ["ld", "--relocatable", str(product)]  # a copy
         return files.make(f"{stem}-{key}.o", command)
 
+    def of_source(source: str, isa: str | None = None) -> Path:
+        """An object of the package, checked or plain."""
+        is_plain = isa is not None and build.checked and isa not in build.checked
+        how = "plain" if is_plain else name
+        flags, path = BUILDS[how].flags, CSRC / source
+        own = [] if isa is None else [*loop_flags(build.machine)[isa], f"-DPIXFUSE_ISA={isa}"]
+        stem = f"{path.stem}-{how}" if isa is None else f"{path.stem}_{isa}-{how}"
+        if BUILDS[how].as_in_product and not (isa == "amx" and PLAIN_TILES in flags):
+            product = _of_product(path, isa)
+            if product is not None:
+                state = digest(str(product), str(product.stat().st_mtime_ns))
+                return files.make(f"{stem}-{state}.o", ["ld", "--relocatable", str(product)])
+        return compiled(path, stem, [*flags, "-ffp-contract=off", *own])
+
     with ThreadPoolExecutor(jobs()) as pool:
-        sources = {
-            path.name: pool.submit(
-                compiled, path, f"{path.stem}-{name}", [*build.flags, "-ffp-contract=off"]
-            )
-            for path in (CSRC / source for source in program.sources)
-        }
+        sources = {Path(source).name: pool.submit(of_source, source) for source in program.sources}
         loops = {
-            (loop, isa): pool.submit(
-                compiled,
-                CSRC / loop,
-                f"{Path(loop).stem}_{isa}-{name}",
-                [*build.flags, *flags, f"-DPIXFUSE_ISA={isa}"],
-                isa,
-            )
-            for isa, flags in loop_flags(build.machine).items()
+            (loop, isa): pool.submit(of_source, loop, isa)
+            for isa in loop_flags(build.machine)
             for loop in (program.tiles if isa == "amx" else program.loops)
         }
         # After them, when another process may have made it already.
