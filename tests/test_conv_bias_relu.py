@@ -687,6 +687,22 @@ def test_a_dead_channel_is_dead_with_a_bias(isa: str, mean: float) -> None:
     assert not ours.any()
 
 
+@pytest.mark.parametrize("sign", [-1, 1])
+@pytest.mark.parametrize("padding", [0, 3])
+def test_weights_of_one_sign_are_alive(isa: str, sign: int, padding: int) -> None:
+    """Black or white, normalized to -1 or 1, brings every channel above 0, and the other none."""
+    weight = sign * (torch.rand(64, 3, 7, 7) + 0.1)
+    bias = torch.full((64,), -0.5)
+    fires, rests = (torch.full((1, 3, 56, 56), value, dtype=torch.uint8) for value in (0, 255))
+    if sign > 0:
+        fires, rests = rests, fires
+    for images, expected in ((fires, 0), (rests, 64)):
+        _, activity = pixfuse.conv_bias_relu(
+            images, weight, bias, 2, padding, normalization=pixfuse.SIGNED
+        )
+        assert activity.dead_count == expected
+
+
 def test_winograd_has_one_result(isa: str) -> None:
     """For any number of threads and split of the batch, any layout of input and output."""
     for case in WINOGRAD.values():
