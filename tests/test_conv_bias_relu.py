@@ -545,6 +545,7 @@ DIRECT = {
     "one channel": Case(1, 32, (7, 7), 2, 3, size=(64, 61)),
     "dilated": Case(3, 32, (7, 7), 1, 3, 2, size=(32, 31)),
     "a small image": Case(3, 32, (7, 7), 2, 3, size=(16, 16)),
+    "a large kernel": Case(2, 5, (33, 33), 1, 0, size=(40, 40)),
     **{name: STEMS[name] for name in ("vgg", "mobilenet", "convnext", "vit")},
 }
 
@@ -560,7 +561,8 @@ def is_direct(case: Case, weight: torch.Tensor, normalization: pixfuse.Normaliza
 
 def is_in_digits(case: Case, isa: str) -> bool:
     """What a matrix unit for bytes is used for."""
-    return isa == "amx" and case.channels <= 3 and case.channels * math.prod(case.kernel) >= 64
+    pixels = math.prod(case.kernel)
+    return isa == "amx" and case.channels <= 3 and case.channels * pixels >= 64 and pixels <= 1024
 
 
 def test_who_goes_another_way(isa: str) -> None:
@@ -749,7 +751,7 @@ def test_negated_weights_of_winograd(isa: str) -> None:
 
 needs_amx = pytest.mark.skipif("amx" not in _library.available_isas(), reason="no amx here")
 
-# Kernels that fill a row of a tile, a part of it, or several.
+# Kernels whose rows fill a row of a tile, a part of it, or several; with padding and without.
 DIGITS = [
     *(
         Case(3, 20, (k, k), stride, k // 2, size=(41, 43))
@@ -780,7 +782,7 @@ def test_digits() -> None:
 
 @needs_amx
 def test_digits_of_every_width() -> None:
-    """Pixels come in tiles of 16, rows of at most 16 in twos."""
+    """Pixels of some rows come in tiles of 16, two at a time."""
     for columns in (*range(1, 19), 31, 32, 33, 34, 47, 48, 49, 65):
         for kernel, stride, padding, outputs in ((7, 2, 3, 64), (16, 16, 0, 40), (11, 4, 2, 17)):
             width = (columns - 1) * stride + kernel - 2 * padding

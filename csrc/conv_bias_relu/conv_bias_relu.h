@@ -46,7 +46,7 @@ struct ConvBiasReluArgs {
   void* output;
   ElementType output_type;
   int64_t output_sizes[4];
-  int64_t output_strides[4];
+  int64_t output_strides[4];  // dense: contiguous, or channels-last
   bool past_caches;  // CPU: floats that fill whole lines of the caches are stored past them
   ChannelActivity activity;
 };

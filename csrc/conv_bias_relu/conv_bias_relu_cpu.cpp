@@ -155,7 +155,7 @@ int32_t conv_bias_relu_cpu(const ConvBiasReluArgs& args, ParallelFor parallel_fo
   if (args.input_type == ElementType::uint8) {
     bounds.emplace(args);
     if (loops.digits != nullptr && digits_suit(args, *bounds)) {
-      digits.emplace(args, vectors * loops.lanes);
+      digits.emplace(args, *bounds, vectors * loops.lanes);
     } else if (winograd_suits(args, *bounds)) {
       winograd.emplace(args);
     }
@@ -167,14 +167,18 @@ int32_t conv_bias_relu_cpu(const ConvBiasReluArgs& args, ParallelFor parallel_fo
   const bool planes = args.output_strides[1] != 1 && direct;
   const int64_t most = loops.max_vectors(planes && args.output_type == ElementType::float32);
   job.blocks = {loops.lanes, vectors, (vectors + most - 1) / most};
+  if (digits.has_value()) digits->choose_rows(args, job.blocks.count > 1);
   // A line of the caches that is stored past them in part takes longer than through them. So all
-  // lines are whole, and those of planes, which the direct way does not store so, whole vectors.
+  // lines are whole, and those of planes, which the direct way does not store so, whole vectors of
+  // the pixels that are computed at once.
   constexpr int64_t kLineBytes = 64, kLineFloats = kLineBytes / sizeof(float);
   const bool pixels_are_lines = args.output_strides[1] == 1 && outputs % kLineFloats == 0;
-  const bool rows_are_lines = !direct && loops.lanes == kLineFloats && outputs % loops.lanes == 0 &&
-                              args.output_strides[3] == 1 && width % kLineFloats == 0;
+  const int64_t run = digits.has_value() ? digits->rows_at_once * width : width;
+  const bool runs_are_lines = !direct && loops.lanes == kLineFloats && outputs % loops.lanes == 0 &&
+                              args.output_strides[3] == 1 && run % kLineFloats == 0 &&
+                              height * width % kLineFloats == 0;
   job.past_caches = args.past_caches && args.output_type == ElementType::float32 &&
-                    (pixels_are_lines || rows_are_lines) &&
+                    (pixels_are_lines || runs_are_lines) &&
                     reinterpret_cast<uintptr_t>(args.output) % kLineBytes == 0;
   job.taps_per_row = args.kernel[1] * channels;
   job.interleaved_lines =
@@ -189,14 +193,15 @@ int32_t conv_bias_relu_cpu(const ConvBiasReluArgs& args, ParallelFor parallel_fo
     weights_per_output = job.winograd->weights_per_output;
   } else if (digits.has_value()) {
     job.digits = &digits->plan;
-    job.line_pixels = digits->line_pixels;
-    job.line_floats = round_up(job.line_pixels, 16);
+    job.line_floats = round_up(job.line_pixels * job.digits->pixel_bytes, 64) /
+                      static_cast<int64_t>(sizeof(float));
     weights_per_output = digits->weight_bytes_per_output() / static_cast<int64_t>(sizeof(float));
   }
   const int64_t padded = vectors * loops.lanes;
   const int64_t weight_floats = weights_per_output * padded;
   job.rows_at_once = weight_floats <= kCachedWeightFloats ? 1 : kItemRows;
   if (job.rows_at_once > height) job.rows_at_once = height;
+  if (digits.has_value()) job.rows_at_once = digits->rows_at_once;
   job.lines = (job.rows_at_once - 1) * args.stride[0] + (args.kernel[0] - 1) * args.dilation[0] + 1;
   job.items_per_image = (height + kItemRows - 1) / kItemRows;
   if (args.input_type == ElementType::uint8) fill_cycle(job);

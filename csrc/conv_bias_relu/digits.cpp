@@ -12,8 +12,9 @@ namespace pixfuse {
 namespace {
 
 constexpr int64_t kVector = 16;  // output channels side by side
-constexpr int64_t kChannels = kQuadBytes - 1;
-constexpr int64_t kTile = kTileQuads * kVector * kQuadBytes;
+constexpr int64_t kChannels = kMostPixelBytes - 1;
+constexpr int64_t kQuadBytes = 4;  // of a patch, that lie side by side for each output channel
+constexpr int64_t kTile = kStepBytes * kVector;
 
 // The largest number of three digits that has a negative, too.
 constexpr double kMostSteps = 127 * 65536 + 127 * 256 + 127;
@@ -22,8 +23,13 @@ constexpr double kLeast = 0x1p-90;
 // Fewer multiplications are not what a call takes its time for: then the direct way is as fast, or
 // faster, since it has less to do for each output.
 constexpr int64_t kLeastTaps = 64;
-// Pixels of a kernel: 255 * 128 times 4 bytes of each fit an int32.
-constexpr int64_t kMostPixels = 1 << 14;
+// Pixels of a kernel. Many more, and their products would not fit an int32.
+constexpr int64_t kMostPixels = 1 << 10;
+static_assert(int64_t{255} * 128 * kMostPixelBytes * kMostPixels <= INT32_MAX);
+// Rows of the output that are computed at once leave fewer tiles half empty. Their lines should
+// stay in the first-level cache; with more output channels than one pass over them is for, their
+// patches in the second-level cache.
+constexpr int64_t kLinesBytes = 1 << 14, kPatchesBytes = 1 << 18;
 
 // normalized(x) = scale * (x - z) + offset.
 struct Line {
@@ -75,10 +81,9 @@ uint32_t digits_of(double steps) {
 }  // namespace
 
 bool digits_suit(const ConvBiasReluArgs& args, const Bounds& bounds) {
-  const int64_t reach = (args.kernel[1] - 1) * args.dilation[1] + 1;
-  const int64_t taps = args.kernel[0] * args.kernel[1] * args.input_sizes[1];
-  if (args.input_sizes[1] > kChannels || taps < kLeastTaps || reach > kMostPixels ||
-      args.kernel[0] * reach > kMostPixels || !bounds.are_kept()) {
+  const int64_t pixels = args.kernel[0] * args.kernel[1];
+  if (args.input_sizes[1] > kChannels || pixels * args.input_sizes[1] < kLeastTaps ||
+      pixels > kMostPixels || !bounds.are_kept()) {
     return false;
   }
   double least_scale = HUGE_VAL;
@@ -95,27 +100,39 @@ bool digits_suit(const ConvBiasReluArgs& args, const Bounds& bounds) {
   return true;
 }
 
-Digits::Digits(const ConvBiasReluArgs& args, int64_t padded_outputs)
+Digits::Digits(const ConvBiasReluArgs& args, const Bounds& bounds, int64_t padded_outputs)
     : step(static_cast<size_t>(padded_outputs), 1.0f) {
   plan.is_signed = !black_is_zero(args);
-  const int64_t reach = (args.kernel[1] - 1) * args.dilation[1] + 1;
-  plan.segment = kTileQuads;
-  while (plan.segment / 2 >= reach) plan.segment /= 2;
-  plan.pieces_per_row = (reach + plan.segment - 1) / plan.segment;
-  const int64_t rows_per_step = kTileQuads / plan.segment;
-  plan.steps = (args.kernel[0] + rows_per_step - 1) / rows_per_step * plan.pieces_per_row;
+  plan.is_padded = bounds.is_padded();
+  plan.pixel_bytes = args.input_sizes[1] + (plan.is_padded ? 1 : 0);
+  const auto steps = [&](int64_t row) {
+    return (args.kernel[0] * row + kStepBytes - 1) / kStepBytes;
+  };
+  const int64_t row_bytes = args.kernel[1] * plan.pixel_bytes;
+  plan.steps = steps(row_bytes);
+  // Rows that share no line of the caches are stored faster.
+  const auto apart = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(row_bytes)));
+  plan.row_step = steps(apart) == plan.steps ? apart : row_bytes;
   plan.step = step.data();
-  plan.scratch_floats = kDigitsSumFloats + plan.steps * kDigitsPixels * kTileQuads;
-  const int64_t width = (args.output_sizes[3] + kVector - 1) / kVector * kVector;
-  line_pixels = (width - 1) * args.stride[1] + plan.pieces_per_row * kTileQuads;
+}
+
+void Digits::choose_rows(const ConvBiasReluArgs& args, bool for_all_blocks) {
+  const int64_t width = args.output_sizes[3], line = args.input_sizes[3] * plan.pixel_bytes;
+  rows_at_once = std::min(kItemRows, args.output_sizes[2]);
+  const auto near_bytes = [&] {
+    if (for_all_blocks) return rows_at_once * width * plan.patch_bytes();
+    return ((rows_at_once - 1) * args.stride[0] + args.kernel[0]) * line;
+  };
+  const int64_t most = for_all_blocks ? kPatchesBytes : kLinesBytes;
+  while (rows_at_once > 1 && near_bytes() > most) rows_at_once /= 2;
+  const int64_t pixels = for_all_blocks ? rows_at_once * width : kDigitsPixels;
+  const int64_t rows_of_tiles = (pixels + kVector - 1) / kVector * kVector;
+  plan.scratch_floats = kDigitsSumFloats + rows_of_tiles * plan.patch_bytes() / 4;
 }
 
 void Digits::pack_weight(const ConvBiasReluArgs& args, const Bounds& bounds,
                          const std::vector<bool>& dead, int8_t* packed) {
   const int64_t outputs = args.output_sizes[1], channels = args.input_sizes[1];
-  if (args.kernel[0] * args.kernel[1] < plan.steps * kTileQuads) {  // else each place is written
-    std::memset(packed, 0, step.size() * static_cast<size_t>(weight_bytes_per_output()));
-  }
   Line lines[kChannels];
   for (int64_t c = 0; c < channels; ++c) lines[c] = line_of(args, c, plan.is_signed ? 128.0 : 0.0);
   const int64_t* const strides = args.weight_strides;
@@ -126,7 +143,7 @@ void Digits::pack_weight(const ConvBiasReluArgs& args, const Bounds& bounds,
       offsets += sums[c].sum() * lines[c].offset;
       most = std::max(most, sums[c].largest * lines[c].scale);
     }
-    if (bounds.is_padded()) {
+    if (plan.is_padded) {
       most = std::max(most, largest_offset_of(args, o, lines) / kInside);
       offsets = 0.0;
     }
@@ -136,45 +153,55 @@ void Digits::pack_weight(const ConvBiasReluArgs& args, const Bounds& bounds,
       step[o] = std::nextafter(static_cast<float>(most / kMostSteps), HUGE_VALF);
     }
   }
-  // A row of a tile at a time: neighbouring output channels, at one pixel of the kernel.
-  const int64_t rows_per_step = kTileQuads / plan.segment;
+  // What each byte of a patch is multiplied with: weights[offset + c * strides[1]] * factors[c],
+  // summed up over the channels [first, last).
+  struct Byte {
+    int64_t offset, first, last;
+    double factors[kChannels];
+  };
+  std::vector<Byte> bytes(static_cast<size_t>(plan.patch_bytes()));  // else of no channel
+  for (int64_t ky = 0; ky < args.kernel[0]; ++ky) {
+    size_t at = static_cast<size_t>(ky * plan.row_step);
+    for (int64_t kx = 0; kx < args.kernel[1]; ++kx) {
+      const int64_t offset = ky * strides[2] + kx * strides[3];
+      for (int64_t c = 0; c < channels; ++c) {
+        bytes[at] = {offset, c, c + 1, {}};
+        bytes[at++].factors[c] = lines[c].scale;
+      }
+      if (!plan.is_padded) continue;
+      bytes[at] = {offset, 0, channels, {}};
+      for (int64_t c = 0; c < channels; ++c) bytes[at].factors[c] = lines[c].offset / kInside;
+      ++at;
+    }
+  }
+  // A row of a tile at a time: neighbouring output channels, at four bytes of a patch.
   for (int64_t first = 0; first < outputs; first += kVector) {
     const int64_t count = std::min(kVector, outputs - first);
     const float* const weights = args.weight + first * strides[0];
     double per_step[kVector] = {};  // 0 also for what there is not
     for (int64_t o = 0; o < count; ++o) per_step[o] = dead[first + o] ? 0.0 : 1.0 / step[first + o];
-    for (int64_t ky = 0; ky < args.kernel[0]; ++ky) {
-      for (int64_t kx = 0; kx < args.kernel[1]; ++kx) {
-        const int64_t reach = kx * args.dilation[1];
-        const int64_t at = ky / rows_per_step * plan.pieces_per_row + reach / kTileQuads;
-        const int64_t place = ky % rows_per_step * plan.segment + reach % kTileQuads;
-        const int64_t tap = ky * strides[2] + kx * strides[3];
-        double factors[kQuadBytes][kVector] = {};
-        for (int64_t c = 0; c < channels; ++c) {
+    int8_t* const tiles = packed + first / kVector * kDigits * plan.steps * kTile;
+    for (int64_t quad = 0; quad < plan.patch_bytes() / kQuadBytes; ++quad) {
+      uint32_t of_byte[kQuadBytes][kVector];
+      for (int64_t i = 0; i < kQuadBytes; ++i) {
+        const Byte& byte = bytes[quad * kQuadBytes + i];
+        double factors[kVector] = {};
+        for (int64_t c = byte.first; c < byte.last; ++c) {
+          const float* const weight = weights + byte.offset + c * strides[1];
           for (int64_t o = 0; o < count; ++o) {
-            const double weight = weights[o * strides[0] + c * strides[1] + tap];
-            factors[c][o] = weight * lines[c].scale;
-            if (bounds.is_padded()) factors[kChannels][o] += weight * lines[c].offset / kInside;
+            factors[o] += weight[o * strides[0]] * byte.factors[c];
           }
         }
-        uint32_t of_byte[kQuadBytes][kVector];
-        for (int64_t i = 0; i < kQuadBytes; ++i) {
-          for (int64_t o = 0; o < kVector; ++o) {
-            of_byte[i][o] = digits_of(factors[i][o] * per_step[o]);
-          }
+        for (int64_t o = 0; o < kVector; ++o) of_byte[i][o] = digits_of(factors[o] * per_step[o]);
+      }
+      for (int64_t digit = 0; digit < kDigits; ++digit) {
+        uint32_t row[kVector];  // of four bytes each
+        for (int64_t o = 0; o < kVector; ++o) {
+          const auto byte = [&](int64_t i) { return of_byte[i][o] >> (8 * digit) & 0xff; };
+          row[o] = byte(0) | byte(1) << 8 | byte(2) << 16 | byte(3) << 24;
         }
-        uint32_t digits[kDigits][kVector];  // of four bytes each
-        for (int64_t digit = 0; digit < kDigits; ++digit) {
-          for (int64_t o = 0; o < kVector; ++o) {
-            const auto byte = [&](int64_t i) { return of_byte[i][o] >> (8 * digit) & 0xff; };
-            digits[digit][o] = byte(0) | byte(1) << 8 | byte(2) << 16 | byte(3) << 24;
-          }
-        }
-        int8_t* const row = packed + (first / kVector * plan.steps + at) * kDigits * kTile +
-                            place * kVector * kQuadBytes;
-        for (int64_t digit = 0; digit < kDigits; ++digit) {
-          std::memcpy(row + digit * kTile, digits[digit], sizeof digits[digit]);
-        }
+        std::memcpy(tiles + digit * plan.steps * kTile + quad * kVector * kQuadBytes, row,
+                    sizeof row);
       }
     }
   }

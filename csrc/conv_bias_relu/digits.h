@@ -9,10 +9,11 @@
 //   weight * scale = step * (65536 d2 + 256 d1 + d0),
 //   output = relu(step * (65536 sum d2 x + 256 sum d1 x + sum d0 x) + offsets + bias).
 //
-// A pixel has four bytes here: up to three channels, and one that is kInside inside the image and 0
-// where the kernel reaches into the padding. Its weight, the sum of weight * offset / kInside, adds
-// the offsets up, and leaves the padding zero after the normalization. Without padding the offsets
-// are one constant of an output channel, and part of its bias.
+// A pixel has a byte for each of its channels, of up to three; and where the kernel reaches into
+// the padding one more, that is kInside inside the image and 0 in the padding. Its weight, the sum
+// of weight * offset / kInside, adds the offsets up, and leaves the padding zero after the
+// normalization. Without padding the offsets are one constant of an output channel, and part of its
+// bias.
 //
 // z is 0 where that is zero after the normalization too: then black is exactly nothing. Else it is
 // 128, as most normalizations have their zero there, and signed bytes hold what remains.
@@ -25,26 +26,30 @@
 namespace pixfuse {
 
 constexpr int64_t kDigits = 3;
-constexpr int64_t kQuadBytes = 4;  // of a pixel
 constexpr int64_t kInside = 127;
+constexpr int64_t kMostPixelBytes = 4;
 
-// Pixels of a kernel row that one row of a tile has room for.
-constexpr int64_t kTileQuads = 16;
+// Bytes of one row of a left operand of matrix_tiles.h.
+constexpr int64_t kStepBytes = 64;
 
-// The tiles of weights are [vector of 16 output channels][step][digit], as matrix_tiles.h has the
-// right operand. A step takes 16 pixels of the kernel: some rows of it that fill `segment` each, or
-// one of the pieces of a longer row.
+// All bytes that an output pixel sees are brought side by side, row of the kernel after row of it:
+// a patch, that is a row of the left operands, one step after the other. The tiles of weights are
+// [vector of 16 output channels][digit][step], as matrix_tiles.h has the right operand.
 struct DigitsPlan {
-  bool is_signed;  // z is 128
-  int64_t segment;
+  bool is_signed;       // z is 128
+  bool is_padded;       // a pixel has the byte of its own for that
+  int64_t pixel_bytes;  // [channels, kInside]
+  int64_t row_step;     // bytes of a patch from one row of the kernel to the next
   int64_t steps;
-  int64_t pieces_per_row;
   const float* step;       // [vectors * 16 output channels]
-  int64_t scratch_floats;  // sums, and the pixels of each step side by side
+  int64_t scratch_floats;  // sums, and the patches of the rows that are computed at once
+
+  int64_t patch_bytes() const { return steps * kStepBytes; }
 };
 
-// Output pixels whose sums are held at a time.
+// Output pixels, and digits of two vectors of output channels, whose sums are held at a time.
 constexpr int64_t kDigitsPixels = 32;
-constexpr int64_t kDigitsSumFloats = kDigitsPixels * 16 * kDigits;
+constexpr int64_t kDigitsColumns = 2 * kDigits;
+constexpr int64_t kDigitsSumFloats = kDigitsColumns * kDigitsPixels * 16;
 
 }  // namespace pixfuse

@@ -1,11 +1,9 @@
 // The convolution by digits.h. Compiled for processors with tiles, with PIXFUSE_ISA naming its
 // namespace.
 //
-// A row of input is brought into quads of bytes when it comes, and held as that. Then, for up to 32
-// pixels of an output row, the bytes that each of them sees are rows of left operands; where a row
-// of the kernel fills a tile, they are taken from the lines, else several rows of the kernel are
-// brought side by side first. The sums of all three digits stay in tiles until the kernel is
-// through.
+// A row of input becomes bytes in the order of a patch when it comes, and is held as that. Then the
+// patches of all pixels of some output rows are brought together, each once for all output
+// channels. Sums of up to 32 pixels stay in tiles until the kernel is through.
 #include "common/matrix_tiles.h"
 #include "conv_bias_relu/rows.h"
 #include "conv_bias_relu/stage.h"
@@ -13,166 +11,208 @@
 namespace pixfuse::PIXFUSE_ISA {
 namespace {
 
-static_assert(kLanes == kTileRows && kTileBytes == kTileQuads * kLanes * kQuadBytes);
+static_assert(kLanes == kTileRows && kStepBytes == kTileRowBytes);
 
 // --- input ---
 
-// A line has a quad where those of other ways have a float.
-typedef uint32_t Quad __attribute__((may_alias));
+// 16 pixels of three channels, each in the low bytes of 32 bits. Of fewer, nothing behind the last
+// one is read: not even the fourth byte of that.
+struct Interleaved {
+  __m512i order, bytes;
+  int64_t pixel_step;  // 3 or 4
 
-// The byte of each channel less 128, in two's complement, and kInside.
-template <int channels, bool is_signed>
-inline Quad quad_of(const uint8_t* pixel, int64_t channel_step) {
-  constexpr uint32_t kSigns = is_signed ? 0x808080u >> (8 * (3 - channels)) : 0;
-  uint32_t quad = static_cast<uint32_t>(kInside) << 24;
-  for (int c = 0; c < channels; ++c) {
-    quad |= static_cast<uint32_t>(pixel[c * channel_step]) << (8 * c);
-  }
-  return quad ^ kSigns;
-}
-
-template <int channels, bool is_signed>
-void fill_quads(const uint8_t* __restrict in, int64_t channel_step, int64_t pixel_step,
-                int64_t count, Quad* __restrict out) {
-  int64_t i = 0;
-#if defined(__AVX512BW__)
-  // gcc collects the bytes of such pixels one by one.
-  if (channels == 3 && channel_step == 1 && (pixel_step == 3 || pixel_step == 4)) {
+  explicit Interleaved(int64_t pixel_step) : pixel_step(pixel_step) {
     const __m512i fours = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     const __m512i threes = _mm512_set_epi32(0, 11, 10, 9, 0, 8, 7, 6, 0, 5, 4, 3, 0, 2, 1, 0);
-    const __m512i order = pixel_step == 3 ? threes : fours;
-    const __m512i bytes = _mm512_broadcast_i32x4(
+    order = pixel_step == 3 ? threes : fours;
+    bytes = _mm512_broadcast_i32x4(
         pixel_step == 3 ? _mm_set_epi8(-1, 11, 10, 9, -1, 8, 7, 6, -1, 5, 4, 3, -1, 2, 1, 0)
                         : _mm_set_epi8(-1, 14, 13, 12, -1, 10, 9, 8, -1, 6, 5, 4, -1, 2, 1, 0));
-    const __m512i rest =
-        _mm512_set1_epi32((static_cast<int32_t>(kInside) << 24) | (is_signed ? 0x808080 : 0));
-    for (; i < count; i += 16) {
-      const int64_t left = count - i < 16 ? count - i : 16;
-      // Not even the fourth byte of the last pixel is ours.
-      const auto mine = ~uint64_t{0} >> (64 - ((left - 1) * pixel_step + 3));
-      const __m512i loaded = _mm512_maskz_loadu_epi8(mine, in + i * pixel_step);
-      const __m512i spread = _mm512_shuffle_epi8(_mm512_permutexvar_epi32(order, loaded), bytes);
-      _mm512_mask_storeu_epi32(out + i, static_cast<__mmask16>((1u << left) - 1),
-                               _mm512_xor_si512(spread, rest));
-    }
-    return;
   }
-#endif
-  if (pixel_step == 1) {
-    for (; i < count; ++i) out[i] = quad_of<channels, is_signed>(in + i, channel_step);
-    return;
+  __m512i load(const uint8_t* pixel, int64_t count) const {
+    const auto mine = ~uint64_t{0} >> (64 - ((count - 1) * pixel_step + 3));
+    const __m512i loaded = _mm512_maskz_loadu_epi8(mine, pixel);
+    return _mm512_shuffle_epi8(_mm512_permutexvar_epi32(order, loaded), bytes);
   }
-  for (; i < count; ++i) out[i] = quad_of<channels, is_signed>(in + i * pixel_step, channel_step);
+};
+
+struct Planes {
+  int64_t channel_step;
+  static constexpr int64_t pixel_step = 1;
+
+  __m512i load(const uint8_t* pixel, int64_t count) const {
+    const auto mine = static_cast<__mmask16>((1u << count) - 1);
+    const auto channel = [&](int64_t c) {
+      return _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mine, pixel + c * channel_step));
+    };
+    const __m512i two = _mm512_or_si512(channel(0), _mm512_slli_epi32(channel(1), 8));
+    return _mm512_or_si512(two, _mm512_slli_epi32(channel(2), 16));
+  }
+};
+
+template <int pixel_bytes, class Pixels>
+void fill_threes(const Pixels& pixels, const uint8_t* in, int64_t count, uint8_t sign,
+                 uint8_t* out) {
+  const int32_t inside = pixel_bytes == 4 ? static_cast<int32_t>(kInside) << 24 : 0;
+  const __m512i rest = _mm512_set1_epi32(inside | sign * 0x010101);
+  const __m512i threes =
+      _mm512_broadcast_i32x4(_mm_set_epi8(-1, -1, -1, -1, 14, 13, 12, 10, 9, 8, 6, 5, 4, 2, 1, 0));
+  const __m512i order = _mm512_set_epi32(0, 0, 0, 0, 14, 13, 12, 10, 9, 8, 6, 5, 4, 2, 1, 0);
+  for (int64_t i = 0; i < count; i += 16) {
+    const int64_t here = count - i < 16 ? count - i : 16;
+    __m512i four = _mm512_xor_si512(pixels.load(in + i * pixels.pixel_step, here), rest);
+    if (pixel_bytes == 3) four = _mm512_permutexvar_epi32(order, _mm512_shuffle_epi8(four, threes));
+    const auto mine = ~uint64_t{0} >> (64 - here * pixel_bytes);
+    _mm512_mask_storeu_epi8(out + i * pixel_bytes, mine, four);
+  }
 }
 
-template <bool is_signed>
-void fill_quads(const ConvBiasReluJob& job, int64_t n, int64_t row, float* line) {
+// The byte of each channel, less 128 in two's complement if `sign` is 0x80, and kInside if a pixel
+// has a byte more.
+template <int channels, int pixel_bytes>
+void fill_bytes(const uint8_t* in, int64_t channel_step, int64_t pixel_step, int64_t count,
+                uint8_t sign, uint8_t* out) {
+  if (channels == 3 && pixel_step == 1) {
+    return fill_threes<pixel_bytes>(Planes{channel_step}, in, count, sign, out);
+  }
+  if (channels == 3 && channel_step == 1 && (pixel_step == 3 || pixel_step == 4)) {
+    return fill_threes<pixel_bytes>(Interleaved(pixel_step), in, count, sign, out);
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    for (int c = 0; c < channels; ++c) {
+      out[i * pixel_bytes + c] = in[i * pixel_step + c * channel_step] ^ sign;
+    }
+    if (pixel_bytes > channels) out[i * pixel_bytes + channels] = kInside;
+  }
+}
+
+template <int channels>
+void fill_bytes(const ConvBiasReluJob& job, const uint8_t* in, int64_t count, uint8_t* out) {
+  const int64_t* const strides = job.args.input_strides;
+  const uint8_t sign = job.digits->is_signed ? 0x80 : 0;
+  if (job.digits->is_padded) {
+    fill_bytes<channels, channels + 1>(in, strides[1], strides[3], count, sign, out);
+  } else {
+    fill_bytes<channels, channels>(in, strides[1], strides[3], count, sign, out);
+  }
+}
+
+void fill_line(const ConvBiasReluJob& job, int64_t n, int64_t row, float* line) {
   const ConvBiasReluArgs& args = job.args;
   const int64_t width = args.input_sizes[3], left = args.padding[1];
   const int64_t reached = job.line_pixels - left;
   const int64_t count = reached < width ? reached : width;
   if (count <= 0) return;
-  const uint8_t* in = static_cast<const uint8_t*>(args.input) + n * args.input_strides[0] +
-                      row * args.input_strides[2];
-  Quad* const out = reinterpret_cast<Quad*>(line) + left;
-  const int64_t channel_step = args.input_strides[1], pixel_step = args.input_strides[3];
+  const uint8_t* const in = static_cast<const uint8_t*>(args.input) + n * args.input_strides[0] +
+                            row * args.input_strides[2];
+  uint8_t* const out = reinterpret_cast<uint8_t*>(line) + left * job.digits->pixel_bytes;
   switch (args.input_sizes[1]) {
     case 1:
-      return fill_quads<1, is_signed>(in, channel_step, pixel_step, count, out);
+      return fill_bytes<1>(job, in, count, out);
     case 2:
-      return fill_quads<2, is_signed>(in, channel_step, pixel_step, count, out);
+      return fill_bytes<2>(job, in, count, out);
     default:
-      return fill_quads<3, is_signed>(in, channel_step, pixel_step, count, out);
+      return fill_bytes<3>(job, in, count, out);
+  }
+}
+
+// --- patches ---
+
+// Copies `count` rows of a kernel, each from `from_step` and to `to_step` bytes after the one
+// before.
+void copy_rows(const uint8_t* from, int64_t from_step, int64_t count, int64_t bytes, uint8_t* to,
+               int64_t to_step) {
+  const auto bits = [](int64_t number) { return ~uint64_t{0} >> (64 - number); };
+  if (bytes <= 32) {
+    const auto mask = static_cast<__mmask32>(bits(bytes));
+    for (int64_t i = 0; i < count; ++i) {
+      _mm256_mask_storeu_epi8(to, mask, _mm256_maskz_loadu_epi8(mask, from));
+      from += from_step;
+      to += to_step;
+    }
+    return;
+  }
+  for (; bytes > 0; bytes -= 64, from += 64, to += 64) {
+    const __mmask64 mask = bits(bytes < 64 ? bytes : 64);
+    for (int64_t i = 0; i < count; ++i) {
+      _mm512_mask_storeu_epi8(to + i * to_step, mask,
+                              _mm512_maskz_loadu_epi8(mask, from + i * from_step));
+    }
+  }
+}
+
+// The patches of the pixels [begin, end), counted along some rows.
+void gather(const ConvBiasReluJob& job, const RowBlock& row, int64_t begin, int64_t end,
+            uint8_t* patches) {
+  const ConvBiasReluArgs& args = job.args;
+  const DigitsPlan& plan = *job.digits;
+  const int64_t width = args.output_sizes[3], patch_bytes = plan.patch_bytes();
+  // A row of a kernel with gaps comes pixel by pixel.
+  const int64_t pieces = args.dilation[1] > 1 ? args.kernel[1] : 1;
+  const int64_t bytes = args.kernel[1] / pieces * plan.pixel_bytes;
+  for (int64_t pixel = begin; pixel < end;) {
+    const int64_t y = pixel / width, x = pixel % width;
+    const int64_t count = end - pixel < width - x ? end - pixel : width - x;
+    for (int64_t ky = 0; ky < args.kernel[0]; ++ky) {
+      const auto* const line = reinterpret_cast<const uint8_t*>(row.lines[y * args.kernel[0] + ky]);
+      for (int64_t piece = 0; piece < pieces; ++piece) {
+        const int64_t from = x * args.stride[1] + piece * args.dilation[1];
+        copy_rows(line + from * plan.pixel_bytes, args.stride[1] * plan.pixel_bytes, count, bytes,
+                  patches + ky * plan.row_step + piece * bytes, patch_bytes);
+      }
+    }
+    patches += count * patch_bytes;
+    pixel += count;
   }
 }
 
 // --- sums ---
 
-// Brings together what each step takes of the lines, for each of some output pixels.
-template <int quads>
-void gather_rows(const ConvBiasReluJob& job, const float* const* lines, int64_t first,
-                 int64_t pixels, float* gathered) {
-  constexpr int64_t kRows = kTileQuads / quads;
-  const int64_t stride = job.args.stride[1], kernel_rows = job.args.kernel[0];
-  for (int64_t step = 0; step < job.digits->steps; ++step) {
-    const float* from[kRows];
-    for (int64_t i = 0; i < kRows; ++i) {
-      // Beyond the kernel the weights are zero; any row will do.
-      const int64_t ky = step * kRows + i;
-      from[i] = lines[ky < kernel_rows ? ky : kernel_rows - 1] + first * stride;
-    }
-    float* to = gathered + step * kDigitsPixels * kTileQuads;
-    for (int64_t p = 0; p < pixels; ++p) {
-      for (int64_t i = 0; i < kRows; ++i) {
-        __builtin_memcpy(to + i * quads, from[i] + p * stride, quads * kQuadBytes);
-      }
-      to += kTileQuads;
-    }
-  }
-}
+constexpr int kGroupTiles = kDigitsPixels / kTileRows;
+constexpr int kTileSums = kTileRows * kLanes;
+constexpr int kColumnSums = kGroupTiles * kTileSums;
+static_assert(kGroupTiles == 2 && kDigitsSumFloats == kDigitsColumns * kColumnSums);
 
-void gather_rows(const ConvBiasReluJob& job, const float* const* lines, int64_t first,
-                 int64_t pixels, float* gathered) {
-  switch (job.digits->segment) {
-    case 1:
-      return gather_rows<1>(job, lines, first, pixels, gathered);
-    case 2:
-      return gather_rows<2>(job, lines, first, pixels, gathered);
-    case 4:
-      return gather_rows<4>(job, lines, first, pixels, gathered);
-    default:
-      return gather_rows<8>(job, lines, first, pixels, gathered);
-  }
-}
-
-// Up to two times 16 output pixels of a row, or up to 16 of each of two rows: where the bytes that
-// they see at each step are.
-struct Pixels {
-  const ConvBiasReluJob& job;
-  const RowBlock& row;
-  int64_t first;
-  const float* gathered;
-
-  bool are_gathered() const { return job.digits->segment < kTileQuads; }
-  int64_t quads() const { return are_gathered() ? kTileQuads : job.args.stride[1]; }
-
-  const float* left_operand(int64_t step, int64_t tile) const {
-    if (are_gathered()) return gathered + (step * kDigitsPixels + tile * kTileRows) * kTileQuads;
-    const int64_t pieces = job.digits->pieces_per_row, ky = step / pieces;
-    const int64_t kernel_row = row.rows > 1 ? tile * job.args.kernel[0] + ky : ky;
-    const int64_t pixel = row.rows > 1 ? 0 : first + tile * kTileRows;
-    return row.lines[kernel_row] + pixel * job.args.stride[1] + step % pieces * kTileQuads;
-  }
-};
-
-// Their sums with a vector of channels: [tile][digit][pixel]. A left operand is loaded for each
-// digit, since no tile is left to keep two of them, and it is near; the weights, which may come
-// from the second-level cache, once.
-template <bool is_signed, int tiles>
-void sum_up(const Pixels& pixels, const int8_t* weight, int32_t* sums) {
-  constexpr int kLeft = tiles * kDigits, kRight = kLeft + 1;
-  const int64_t row_bytes = pixels.quads() * kQuadBytes, steps = pixels.job.digits->steps;
-  unrolled<tiles * kDigits>([&](auto sum) { clear_tile<sum.value>(); });
-  for (int64_t step = 0; step < steps; ++step) {
-    const float* left[tiles];
-    for (int tile = 0; tile < tiles; ++tile) left[tile] = pixels.left_operand(step, tile);
-    if constexpr (tiles == 1) load_tile<kLeft>(left[0], row_bytes);
-    unrolled<kDigits>([&](auto digit) __attribute__((always_inline)) {
-      load_tile<kRight>(weight, kTileRowBytes);
-      unrolled<tiles>([&](auto tile) __attribute__((always_inline)) {
-        if constexpr (tiles > 1) load_tile<kLeft>(left[tile.value], row_bytes);
-        add_products<is_signed, tile.value * kDigits + digit.value, kLeft, kRight>();
+// Of up to 32 pixels with a few columns: a column has the weights of one digit of a vector of
+// output channels, and the sums [pixel][output channel]. Two tiles of pixels and two columns need
+// the fewest loads that eight tiles allow: each is for two multiplications. With another thread on
+// its core a processor renames no tiles, and waits for each load as for each multiplication.
+template <bool is_signed, int tiles, int columns>
+void sum_up(const DigitsPlan& plan, const uint8_t* patches, const int8_t* weight, int32_t* sums) {
+  constexpr int kLeft = tiles * columns, kRight = kLeft + tiles;
+  static_assert(kRight + columns <= 8);
+  const int64_t patch_bytes = plan.patch_bytes(), column_bytes = plan.steps * kTileBytes;
+  unrolled<kLeft>([&](auto sum) { clear_tile<sum.value>(); });
+  for (int64_t step = 0; step < plan.steps; ++step) {
+    unrolled<tiles>([&](auto tile) __attribute__((always_inline)) {
+      load_tile<kLeft + tile.value>(patches + tile.value * kTileRows * patch_bytes, patch_bytes);
+      unrolled<columns>([&](auto column) __attribute__((always_inline)) {
+        if constexpr (tile.value == 0) {
+          load_tile<kRight + column.value>(weight + column.value * column_bytes, kTileRowBytes);
+        }
+        add_products<is_signed, tile.value * columns + column.value, kLeft + tile.value,
+                     kRight + column.value>();
       });
-      weight += kTileBytes;
     });
+    patches += kStepBytes;
+    weight += kTileBytes;
   }
-  unrolled<tiles * kDigits>(
-      [&](auto sum) { store_tile<sum.value>(sums + sum.value * kTileRows * kLanes); });
+  unrolled<tiles>([&](auto tile) __attribute__((always_inline)) {
+    unrolled<columns>([&](auto column) __attribute__((always_inline)) {
+      store_tile<tile.value * columns + column.value>(sums + column.value * kColumnSums +
+                                                      tile.value * kTileSums);
+    });
+  });
+}
+
+template <bool is_signed, int columns>
+void sum_up(const DigitsPlan& plan, const uint8_t* patches, int64_t tiles, const int8_t* weight,
+            int32_t* sums) {
+  tiles == 1 ? sum_up<is_signed, 1, columns>(plan, patches, weight, sums)
+             : sum_up<is_signed, 2, columns>(plan, patches, weight, sums);
 }
 
 // --- outputs ---
-
-constexpr int64_t kDigitSums = kTileRows * kLanes;
 
 inline Vector sum_at(const int32_t* sums) {
   Integers whole;
@@ -180,12 +220,17 @@ inline Vector sum_at(const int32_t* sums) {
   return __builtin_convertvector(whole, Vector);
 }
 
-// From the sums of up to 16 pixels and a vector of channels to the output and its counts.
+// The output is dense: from the last pixel of a row to the first of the next as from any other.
+inline int64_t pixel_step_of(const ConvBiasReluArgs& args) {
+  return args.output_strides[args.output_sizes[3] > 1 ? 3 : 2];
+}
+
+// From the sums of some pixels and a vector of channels to the output and its counts.
 template <class T>
 void put_out(const ConvBiasReluJob& job, const RowBlock& row, int64_t vector, const int32_t* sums,
              int64_t pixels, T* out) {
   const ConvBiasReluArgs& args = job.args;
-  const int64_t pixel_step = args.output_strides[3], channel_step = args.output_strides[1];
+  const int64_t channel_step = args.output_strides[1], pixel_step = pixel_step_of(args);
   const int64_t channel = row.channel + vector * kLanes;
   const int64_t channels = args.output_sizes[1] - channel;
   const bool straight = channel_step == 1 && channels >= kLanes;
@@ -194,8 +239,8 @@ void put_out(const ConvBiasReluJob& job, const RowBlock& row, int64_t vector, co
   Counts counts;
   for (int64_t p = 0; p < pixels; ++p) {
     Vector y = multiply_add(sum_at(sums), step, bias);
-    y = multiply_add(sum_at(sums + kDigitSums), middle, y);
-    y = multiply_add(sum_at(sums + 2 * kDigitSums), high, y);
+    y = multiply_add(sum_at(sums + kColumnSums), middle, y);
+    y = multiply_add(sum_at(sums + 2 * kColumnSums), high, y);
     y = round_as<T>(relu(y));
     counts.active[0] = count_positive(counts.active[0], y);
     counts.sum[0] += y;
@@ -218,54 +263,69 @@ void put_out(const ConvBiasReluJob& job, const RowBlock& row, int64_t vector, co
   add_counts<1>(counts, totals, out, pixels, channels, pixel_step, channel_step);
 }
 
-// One block of channels of one output row, or of two that one tile each is enough for.
+// Asks for the lines of the caches that planes are going to be stored to: 16 channels of a few
+// pixels each, more than a processor foresees.
+template <class T>
+void prefetch_planes(const T* out, int64_t plane, int64_t pixels) {
+  for (int64_t c = 0; c < kLanes; ++c) {
+    const auto* const first = reinterpret_cast<const char*>(out + c * plane);
+    const auto* const last = reinterpret_cast<const char*>(out + c * plane + pixels) - 1;
+    for (const char* at = first; at < last; at += 64) __builtin_prefetch(at, 1);
+    __builtin_prefetch(last, 1);
+  }
+}
+
+// One block of channels of up to 32 pixels.
+template <class T, bool is_signed>
+void run_group(const ConvBiasReluJob& job, const RowBlock& row, const uint8_t* patches,
+               int64_t pixels, int32_t* sums, T* out) {
+  const DigitsPlan& plan = *job.digits;
+  const int64_t channel_step = job.args.output_strides[1];
+  const auto* const weight = reinterpret_cast<const int8_t*>(job.weight) +
+                             row.channel / kLanes * kDigits * plan.steps * kTileBytes;
+  const int64_t tiles = pixels > kTileRows ? 2 : 1, columns = row.vectors * kDigits;
+  int64_t finished = 0;  // vectors
+  for (int64_t column = 0; column < columns; column += 2) {
+    const int64_t complete = (column + 2) / kDigits;  // after the next sums
+    if (channel_step != 1 && !job.past_caches && finished < complete) {
+      prefetch_planes(out + finished * kLanes * channel_step, channel_step, pixels);
+    }
+    const int8_t* const factors = weight + column * plan.steps * kTileBytes;
+    int32_t* const to = sums + column % kDigitsColumns * kColumnSums;
+    column + 1 < columns ? sum_up<is_signed, 2>(plan, patches, tiles, factors, to)
+                         : sum_up<is_signed, 1>(plan, patches, tiles, factors, to);
+    for (; finished < complete; ++finished) {
+      put_out<T>(job, row, finished, sums + finished * kDigits % kDigitsColumns * kColumnSums,
+                 pixels, out + finished * kLanes * channel_step);
+    }
+  }
+}
+
+// One block of channels of some output rows.
 template <class T, bool is_signed>
 void run_block(const ConvBiasReluJob& job, const RowBlock& row, float* scratch) {
-  const ConvBiasReluArgs& args = job.args;
-  const DigitsPlan& plan = *job.digits;
   int32_t* const sums = reinterpret_cast<int32_t*>(scratch);
-  float* const gathered = scratch + kDigitsSumFloats;
-  const int64_t width = args.output_sizes[3];
-  const int64_t vector_bytes = plan.steps * kDigits * kTileBytes;
-  const auto* const weight =
-      reinterpret_cast<const int8_t*>(job.weight) + row.channel / kLanes * vector_bytes;
-  T* const out = static_cast<T*>(args.output) + row.output_offset;
-  // From one tile to the next: pixels of a row, or rows.
-  const int64_t tile_step =
-      row.rows > 1 ? args.output_strides[2] : kTileRows * args.output_strides[3];
-  for (int64_t begin = 0; begin < width; begin += kDigitsPixels) {
-    const int64_t here = width - begin < kDigitsPixels ? width - begin : kDigitsPixels;
-    const Pixels pixels{job, row, begin, gathered};
-    if (pixels.are_gathered()) {
-      for (int64_t i = 0; i < row.rows; ++i) {
-        gather_rows(job, row.lines + i * args.kernel[0], begin, here,
-                    gathered + i * kTileRows * kTileQuads);
-      }
-    }
-    for (int64_t v = 0; v < row.vectors; ++v) {
-      const bool one = row.rows == 1 && here <= kTileRows;
-      const int8_t* const factors = weight + v * vector_bytes;
-      one ? sum_up<is_signed, 1>(pixels, factors, sums)
-          : sum_up<is_signed, 2>(pixels, factors, sums);
-      T* const to = out + begin * args.output_strides[3] + v * kLanes * args.output_strides[1];
-      for (int64_t tile = 0; tile < (one ? 1 : 2); ++tile) {
-        const int64_t left = row.rows > 1 ? here : here - tile * kTileRows;
-        put_out<T>(job, row, v, sums + tile * kDigits * kTileRows * kLanes,
-                   left < kTileRows ? left : kTileRows, to + tile * tile_step);
-      }
-    }
+  uint8_t* const patches = reinterpret_cast<uint8_t*>(scratch + kDigitsSumFloats);
+  T* const out = static_cast<T*>(job.args.output) + row.output_offset;
+  const bool for_all_blocks = job.blocks.count > 1;
+  const int64_t pixels = row.rows * job.args.output_sizes[3];
+  if (for_all_blocks && row.channel == 0) gather(job, row, 0, pixels, patches);
+  for (int64_t begin = 0; begin < pixels; begin += kDigitsPixels) {
+    const int64_t end = pixels - begin < kDigitsPixels ? pixels : begin + kDigitsPixels;
+    if (!for_all_blocks) gather(job, row, begin, end, patches);
+    run_group<T, is_signed>(job, row,
+                            patches + (for_all_blocks ? begin * job.digits->patch_bytes() : 0),
+                            end - begin, sums, out + begin * pixel_step_of(job.args));
   }
 }
 
 template <class T, bool is_signed>
 void run_items(const ConvBiasReluJob& job, int64_t first, int64_t last, const Scratch& scratch) {
   float* const own = scratch.floats + scratch_floats(job) - job.digits->scratch_floats;
-  const auto fill = [&](int64_t n, int64_t row, float* line) {
-    fill_quads<is_signed>(job, n, row, line);
-  };
+  const auto fill = [&](int64_t n, int64_t row, float* line) { fill_line(job, n, row, line); };
   const auto run = [&](const RowBlock& row) { run_block<T, is_signed>(job, row, own); };
   begin_tiles();
-  run_rows(job, first, last, scratch, fill, run, job.args.output_sizes[3] <= kTileRows ? 2 : 1);
+  run_rows(job, first, last, scratch, fill, run, job.rows_at_once);
   end_tiles();
   if (job.past_caches) finish_past_caches();
 }

@@ -13,15 +13,18 @@ bool digits_suit(const ConvBiasReluArgs& args, const Bounds& bounds);
 
 struct Digits {
   DigitsPlan plan{};        // points into `step`
-  int64_t line_pixels;      // of a row of input, as far as the tiles reach
+  int64_t rows_at_once;     // of the output
   std::vector<float> step;  // of each output channel
   std::vector<float> bias;  // with the offsets where there is no padding
 
-  explicit Digits(const ConvBiasReluArgs& args, int64_t padded_outputs);
+  Digits(const ConvBiasReluArgs& args, const Bounds& bounds, int64_t padded_outputs);
   Digits(const Digits&) = delete;
   Digits& operator=(const Digits&) = delete;
 
-  int64_t weight_bytes_per_output() const { return plan.steps * kDigits * 64; }
+  // For passes over the input for all output channels at once, or one block of them after the
+  // other.
+  void choose_rows(const ConvBiasReluArgs& args, bool for_all_blocks);
+  int64_t weight_bytes_per_output() const { return plan.patch_bytes() * kDigits; }
   // As digits.h has it; zeros for a dead channel.
   void pack_weight(const ConvBiasReluArgs& args, const Bounds& bounds,
                    const std::vector<bool>& dead, int8_t* packed);
