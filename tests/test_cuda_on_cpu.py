@@ -102,11 +102,20 @@ class Planted:
         return (normalize if is_normalize else crop_mirror_normalize)(self.flavor, kernel)
 
 
+def share_of(order: str) -> str:
+    """A third of the cases: addresses do not depend on the order, nor what the race checker sees.
+
+    All orders together run each case.
+    """
+    return f"{ORDERS.index(order)}/{len(ORDERS)}"
+
+
 def run(
-    program: Path, *arguments: str, order: str = "forward", seed: int = 1
+    program: Path, *arguments: str, order: str = "forward", seed: int = 1, share: str = "0/1"
 ) -> subprocess.CompletedProcess[str]:
     environment = {
         **os.environ,
+        "CUDA_ON_CPU_SHARE": share,
         "CUDA_ON_CPU_ORDER": order,
         "CUDA_ON_CPU_SEED": str(seed),
         # Leaks are not looked for: that needs a right (ptrace) which containers often withhold.
@@ -236,14 +245,14 @@ def test_normalize(builds: Toolchain, program: Program, what: str) -> None:
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("program", [normalize(SANITIZED)], ids=str)
 def test_normalize_sanitized(builds: Toolchain, program: Program, order: str, what: str) -> None:
-    assert_passes(run(builds.build(program), what, order=order))
+    assert_passes(run(builds.build(program), what, order=order, share=share_of(order)))
 
 
 @pytest.mark.parametrize("what", ["values", "few"])
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("program", [normalize(RACE)], ids=str)
 def test_normalize_has_no_races(builds: Toolchain, program: Program, order: str, what: str) -> None:
-    result = run(builds.build(program), what, order=order)
+    result = run(builds.build(program), what, order=order, share=share_of(order))
     assert_passes(result)
     checked = re.search(r"race checker: (\d+) bytes checked", result.stderr)
     assert checked
@@ -428,6 +437,22 @@ def test_bug_in_normalize_is_found(builds: Toolchain, planted: Planted) -> None:
     assert_finds(run(builds.build(planted.program), planted.run), planted.found_as)
 
 
+def test_shares_are_all_cases(builds: Toolchain) -> None:
+    program = builds.build(normalize(VALUES))
+
+    def calls(share: str) -> int:
+        result = run(program, "values", share=share)
+        assert_passes(result)
+        found = re.match(r"(\d+) calls, 0 wrong", result.stdout)
+        assert found
+        return int(found[1])
+
+    shares = [calls(share_of(order)) for order in ORDERS]
+    assert min(shares) > 0
+    assert sum(shares) == calls("0/1")
+    assert_finds(run(program, "values", share="3/3"), "CUDA_ON_CPU_SHARE is a share")
+
+
 def test_header_to_replace_text_in_must_be_included_once() -> None:
     assert "struct Tile {" in NORMALIZE.text()
     with pytest.raises(ValueError, match="expected one line #include"):
@@ -449,7 +474,7 @@ def test_crop_mirror_normalize(builds: Toolchain, program: Program, what: str) -
 def test_crop_mirror_normalize_sanitized(
     builds: Toolchain, program: Program, order: str, what: str
 ) -> None:
-    assert_passes(run(builds.build(program), what, order=order))
+    assert_passes(run(builds.build(program), what, order=order, share=share_of(order)))
 
 
 @pytest.mark.parametrize("what", ["values", "shapes"])
@@ -458,7 +483,7 @@ def test_crop_mirror_normalize_sanitized(
 def test_crop_mirror_normalize_has_no_races(
     builds: Toolchain, program: Program, order: str, what: str
 ) -> None:
-    result = run(builds.build(program), what, order=order)
+    result = run(builds.build(program), what, order=order, share=share_of(order))
     assert_passes(result)
     checked = re.search(r"race checker: (\d+) bytes checked", result.stderr)
     assert checked

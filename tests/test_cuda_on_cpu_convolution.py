@@ -26,6 +26,7 @@ from tests.test_cuda_on_cpu import (
     assert_finds,
     assert_passes,
     run,
+    share_of,
 )
 
 FOLDER = CSRC / "conv_bias_relu"
@@ -75,7 +76,7 @@ def test_values(builds: Toolchain, program: Program, what: str) -> None:
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(("program", "what"), cases(SANITIZED), ids=str)
 def test_sanitized(builds: Toolchain, program: Program, what: str, order: str) -> None:
-    assert_passes(run(builds.build(program), what, order=order))
+    assert_passes(run(builds.build(program), what, order=order, share=share_of(order)))
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -83,7 +84,7 @@ def test_sanitized(builds: Toolchain, program: Program, what: str, order: str) -
     "program", [program(kernel, RACE) for kernel in (CONVOLUTION, LAST_PASS)], ids=str
 )
 def test_no_races(builds: Toolchain, program: Program, order: str) -> None:
-    result = run(builds.build(program), "few", order=order)
+    result = run(builds.build(program), "few", order=order, share=share_of(order))
     assert_passes(result)
     checked = re.search(r"race checker: (\d+) bytes checked", result.stderr)
     assert checked

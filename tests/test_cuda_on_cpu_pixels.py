@@ -26,6 +26,7 @@ from tests.test_cuda_on_cpu import (
     assert_finds,
     assert_passes,
     run,
+    share_of,
 )
 
 #: Each operator that has kernels here, with what its test program can be asked to do.
@@ -77,13 +78,13 @@ def test_values(builds: Toolchain, program: Program, what: str) -> None:
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(("program", "what"), cases(SANITIZED), ids=str)
 def test_sanitized(builds: Toolchain, program: Program, what: str, order: str) -> None:
-    assert_passes(run(builds.build(program), what, order=order))
+    assert_passes(run(builds.build(program), what, order=order, share=share_of(order)))
 
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("program", [program(name, RACE) for name in OPERATORS], ids=str)
 def test_no_races(builds: Toolchain, program: Program, order: str) -> None:
-    result = run(builds.build(program), "few", order=order)
+    result = run(builds.build(program), "few", order=order, share=share_of(order))
     assert_passes(result)
     checked = re.search(r"race checker: (\d+) bytes checked", result.stderr)
     assert checked

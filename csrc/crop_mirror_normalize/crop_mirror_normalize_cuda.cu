@@ -120,7 +120,7 @@ __device__ __forceinline__ void write_mask(const BatchTile<Parameters>& tile) {
 
 template <class T, class Steps, int Interleaved, int Capacity>
 __global__ void __launch_bounds__(kThreads)
-    crop_mirror_normalize_kernel(const __grid_constant__ BatchParameters<Steps, Capacity> p) {
+    crop_mirror_normalize_kernel(const BatchParameters<Steps, Capacity> __grid_constant__ p) {
   const BatchTile<BatchParameters<Steps, Capacity>> tile(p);
   if (p.mask != nullptr) write_mask(tile);
   convert_tile<T, Steps, Interleaved, true>(tile, p.launch, p.steps, p.fill,
@@ -187,7 +187,7 @@ cudaError_t launch_part(const CropMirrorNormalizeArgs& args, int64_t first_chann
     if (needed > shared_bytes) shared_bytes = needed;
   }
 
-  const auto start = [&](void (*kernel)(BatchParameters<Steps, Capacity>)) {
+  const auto start = [&](auto* kernel) {
     const dim3 grid(static_cast<unsigned>(args.sizes[0]) * p.tiles_per_image);
     return launch(kernel, grid, dim3(kThreads), static_cast<size_t>(shared_bytes), stream, p);
   };

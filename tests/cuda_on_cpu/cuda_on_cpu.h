@@ -30,7 +30,8 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __grid_constant__
+// After the type of a parameter: all threads see one copy of it, as on a device.
+#define __grid_constant__ &
 // Blocks run one after another, so one copy of a block's memory serves them all; the emulator
 // finds it by its linker section (shared_memory.ld).
 #define __shared__ static __attribute__((noinit))
@@ -53,13 +54,13 @@ constexpr size_t kMaxParameterBytes = 32764;
 template <class... Parameters>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
                    std::type_identity_t<Parameters>... arguments) {
-  static_assert((std::is_trivially_copyable_v<Parameters> && ...),
+  static_assert((std::is_trivially_copyable_v<std::remove_cvref_t<Parameters>> && ...),
                 "CUDA copies the arguments of a kernel to the device byte by byte");
   static_assert((sizeof(Parameters) + ... + 0) <= kMaxParameterBytes,
                 "a kernel takes up to 32,764 bytes of parameters");
   struct Call {
     void (*kernel)(Parameters...);
-    std::tuple<Parameters...> arguments;
+    std::tuple<std::remove_cvref_t<Parameters>...> arguments;
   };
   const Call call{kernel, {arguments...}};
   const auto run_thread = [](const void* erased) {

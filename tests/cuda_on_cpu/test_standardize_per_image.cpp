@@ -21,6 +21,7 @@
 
 #include "common/cuda_launch.h"
 #include "image_moments/image_moments.h"
+#include "share.h"
 #include "standardize_per_image/standardize_per_image.h"
 
 // In the place of the product's kernel, which has its own test.
@@ -196,6 +197,7 @@ void check(const Case& test, const uint8_t* images, uint8_t* output) {
 }
 
 void check(const Case& test) {
+  if (!is_in_share()) return;
   const auto in = static_cast<size_t>(extent(test.sizes, test.image_strides));
   const auto out = static_cast<size_t>(extent(test.sizes, test.output_strides) *
                                        pixfuse::element_bytes(test.type));

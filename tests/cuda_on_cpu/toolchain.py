@@ -41,9 +41,9 @@ SANITIZED = Flavor(
     "sanitized",
     ("-O2", "-DCUDA_ON_CPU_ADDRESS_SANITIZER"),
     kernel_flags=("-Og", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
-    # The same checks by calls instead of in line: faster to compile, slower to run; a mistake that
-    # is found ends the run.
-    changed_kernel_flags=("--param", "asan-instrumentation-with-call-threshold=0"),
+    # The same checks by calls instead of in line, and nothing optimized: faster to compile, slower
+    # to run; a mistake that is found ends the run.
+    changed_kernel_flags=("-O0", "--param", "asan-instrumentation-with-call-threshold=0"),
     link_flags=("-fsanitize=address,undefined",),
 )
 # The race checker stands in for libtsan, so the linker is not told of it. Addresses that do not
