@@ -21,6 +21,7 @@
 #include "guarded_memory.h"
 #include "normalize/normalize.h"
 #include "normalize/normalize_constants.h"
+#include "wanted_isas.h"
 
 using namespace pixfuse;
 
@@ -471,7 +472,7 @@ int main(int argc, char** argv) {
     }
   }
   for (const Isa isa : {Isa::portable, Isa::avx2, Isa::avx512, Isa::neon}) {
-    if (!isa_available(isa)) continue;
+    if (!is_wanted(isa)) continue;
     int64_t cases = 0;
     if (!only_crops && !run_loops_on(isa, cases)) return 1;
     if (!run_crops_on(isa, cases)) return 1;
