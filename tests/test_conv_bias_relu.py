@@ -545,7 +545,6 @@ DIRECT = {
     "one channel": Case(1, 32, (7, 7), 2, 3, size=(64, 61)),
     "dilated": Case(3, 32, (7, 7), 1, 3, 2, size=(32, 31)),
     "a small image": Case(3, 32, (7, 7), 2, 3, size=(16, 16)),
-    "a large kernel": Case(2, 5, (33, 33), 1, 0, size=(40, 40)),
     **{name: STEMS[name] for name in ("vgg", "mobilenet", "convnext", "vit")},
 }
 
@@ -561,8 +560,7 @@ def is_direct(case: Case, weight: torch.Tensor, normalization: pixfuse.Normaliza
 
 def is_in_digits(case: Case, isa: str) -> bool:
     """What a matrix unit for bytes is used for."""
-    pixels = math.prod(case.kernel)
-    return isa == "amx" and case.channels <= 3 and case.channels * pixels >= 64 and pixels <= 1024
+    return isa == "amx" and case.channels <= 3 and case.channels * math.prod(case.kernel) >= 64
 
 
 def test_who_goes_another_way(isa: str) -> None:
@@ -766,6 +764,10 @@ DIGITS = [
     Case(3, 100, (9, 3), (2, 1), (9, 3), bias=False, size=(5, 97)),
     Case(1, 4, (20, 20), 1, 0, size=(20, 20)),
     Case(3, 768, (16, 16), 16, 0, size=(80, 224), images=1),
+    Case(2, 5, (33, 33), 1, 0, size=(40, 40)),
+    # More than a block of output channels: patches that fit for all of them, or are too large.
+    Case(3, 70, (9, 9), (50, 2), (4, 0), size=(130, 90)),
+    Case(3, 130, (31, 30), (1, 2), 3, size=(33, 180), images=1),
 ]
 
 
@@ -1482,13 +1484,19 @@ def test_arrays_are_images() -> None:
 
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize(
-    ("outputs", "kernel", "stride"), [(64, 7, 2), (96, 7, 2), (64, 3, 1), (40, 4, 2)]
+    ("outputs", "kernel", "stride", "columns"),
+    # Rows of whole lines, or of none; some rows together of whole lines.
+    [(64, 7, 2, 64), (96, 7, 2, 63), (64, 3, 1, 64), (40, 4, 2, 64), (64, 7, 2, 56)],
 )
 def test_outputs_beyond_the_caches(
-    isa: str, outputs: int, kernel: int, stride: int, memory_format: torch.memory_format
+    isa: str,
+    outputs: int,
+    kernel: int,
+    stride: int,
+    columns: int,
+    memory_format: torch.memory_format,
 ) -> None:
-    # To 64 pixels a row, or another number of them.
-    width = (62 if outputs == 96 else 63) * stride + kernel - 2 * (kernel // 2)
+    width = (columns - 1) * stride + kernel - 2 * (kernel // 2)
     image = random_bytes(1, 3, 50 * stride + 3, width)
     weight, bias = torch.randn(outputs, 3, kernel, kernel), torch.randn(outputs)
 
@@ -1506,7 +1514,7 @@ def test_outputs_beyond_the_caches(
     images = random_bytes(count, *image.shape[1:])
     large, activity = convolve(images)
     assert large.nbytes > 24 << 20
-    assert large.shape[3] == (63 if outputs == 96 else 64)
+    assert large.shape[3] == columns
     assert large.is_contiguous(memory_format=memory_format)
     parts = [convolve(part) for part in images.split(8)]
     assert torch.equal(large, torch.cat([output for output, _ in parts]))

@@ -26,7 +26,7 @@ CONV_BIAS_RELU = Program(
         "conv_bias_relu/relu_count_loop.cpp",
         "conv_bias_relu/winograd_loop.cpp",
     ),
-    cases=250,
+    cases=400,
     tiles=("conv_bias_relu/digits_loop.cpp",),
 )
 

@@ -23,13 +23,13 @@ constexpr double kLeast = 0x1p-90;
 // Fewer multiplications are not what a call takes its time for: then the direct way is as fast, or
 // faster, since it has less to do for each output.
 constexpr int64_t kLeastTaps = 64;
-// Pixels of a kernel. Many more, and their products would not fit an int32.
-constexpr int64_t kMostPixels = 1 << 10;
+// Pixels of a kernel whose products fit an int32.
+constexpr int64_t kMostPixels = 1 << 14;
 static_assert(int64_t{255} * 128 * kMostPixelBytes * kMostPixels <= INT32_MAX);
 // Rows of the output that are computed at once leave fewer tiles half empty. Their lines should
-// stay in the first-level cache; with more output channels than one pass over them is for, their
-// patches in the second-level cache.
-constexpr int64_t kLinesBytes = 1 << 14, kPatchesBytes = 1 << 18;
+// stay in the first-level cache; with more output channels than one pass over them is for, they and
+// their patches in the second-level cache.
+constexpr int64_t kNearBytes = 1 << 14, kFarBytes = 1 << 18;
 
 // normalized(x) = scale * (x - z) + offset.
 struct Line {
@@ -110,24 +110,28 @@ Digits::Digits(const ConvBiasReluArgs& args, const Bounds& bounds, int64_t padde
   };
   const int64_t row_bytes = args.kernel[1] * plan.pixel_bytes;
   plan.steps = steps(row_bytes);
-  // Rows that share no line of the caches are stored faster.
+  // Rows that no end of a line of the caches divides are stored faster.
   const auto apart = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(row_bytes)));
   plan.row_step = steps(apart) == plan.steps ? apart : row_bytes;
   plan.step = step.data();
 }
 
-void Digits::choose_rows(const ConvBiasReluArgs& args, bool for_all_blocks) {
-  const int64_t width = args.output_sizes[3], line = args.input_sizes[3] * plan.pixel_bytes;
-  rows_at_once = std::min(kItemRows, args.output_sizes[2]);
-  const auto near_bytes = [&] {
-    if (for_all_blocks) return rows_at_once * width * plan.patch_bytes();
-    return ((rows_at_once - 1) * args.stride[0] + args.kernel[0]) * line;
+void Digits::choose_rows(const ConvBiasReluArgs& args, bool in_blocks) {
+  const int64_t width = args.output_sizes[3], most = in_blocks ? kFarBytes : kNearBytes;
+  const int64_t line_bytes = plan.pixel_bytes * ((width - 1) * args.stride[1] +
+                                                 (args.kernel[1] - 1) * args.dilation[1] + 1);
+  const auto lines = [&] {
+    return (rows_at_once - 1) * args.stride[0] + (args.kernel[0] - 1) * args.dilation[0] + 1;
   };
-  const int64_t most = for_all_blocks ? kPatchesBytes : kLinesBytes;
-  while (rows_at_once > 1 && near_bytes() > most) rows_at_once /= 2;
-  const int64_t pixels = for_all_blocks ? rows_at_once * width : kDigitsPixels;
-  const int64_t rows_of_tiles = (pixels + kVector - 1) / kVector * kVector;
-  plan.scratch_floats = kDigitsSumFloats + rows_of_tiles * plan.patch_bytes() / 4;
+  const auto patches_fit = [&] { return rows_at_once <= kFarBytes / plan.patch_bytes() / width; };
+  rows_at_once = std::min(kItemRows, args.output_sizes[2]);
+  while (rows_at_once > 1 && (lines() > most / line_bytes || (in_blocks && !patches_fit()))) {
+    rows_at_once /= 2;
+  }
+  plan.is_gathered_once = in_blocks && patches_fit();
+  const int64_t pixels = plan.is_gathered_once ? rows_at_once * width : kDigitsPixels;
+  const int64_t whole_tiles = (pixels + kVector - 1) / kVector * kVector;
+  plan.scratch_floats = kDigitsSumFloats + whole_tiles * plan.patch_bytes() / 4;
 }
 
 void Digits::pack_weight(const ConvBiasReluArgs& args, const Bounds& bounds,

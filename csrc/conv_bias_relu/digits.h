@@ -42,7 +42,8 @@ struct DigitsPlan {
   int64_t row_step;     // bytes of a patch from one row of the kernel to the next
   int64_t steps;
   const float* step;       // [vectors * 16 output channels]
-  int64_t scratch_floats;  // sums, and the patches of the rows that are computed at once
+  bool is_gathered_once;   // all patches of the rows that are computed at once, for all blocks
+  int64_t scratch_floats;  // sums, and those patches, or as many as there are sums for
 
   int64_t patch_bytes() const { return steps * kStepBytes; }
 };

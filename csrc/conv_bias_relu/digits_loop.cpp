@@ -2,8 +2,8 @@
 // namespace.
 //
 // A row of input becomes bytes in the order of a patch when it comes, and is held as that. Then the
-// patches of all pixels of some output rows are brought together, each once for all output
-// channels. Sums of up to 32 pixels stay in tiles until the kernel is through.
+// patches of some output pixels are brought together, if they fit once for all output channels.
+// Sums of up to 32 pixels stay in tiles until the kernel is through.
 #include "common/matrix_tiles.h"
 #include "conv_bias_relu/rows.h"
 #include "conv_bias_relu/stage.h"
@@ -220,17 +220,12 @@ inline Vector sum_at(const int32_t* sums) {
   return __builtin_convertvector(whole, Vector);
 }
 
-// The output is dense: from the last pixel of a row to the first of the next as from any other.
-inline int64_t pixel_step_of(const ConvBiasReluArgs& args) {
-  return args.output_strides[args.output_sizes[3] > 1 ? 3 : 2];
-}
-
 // From the sums of some pixels and a vector of channels to the output and its counts.
 template <class T>
 void put_out(const ConvBiasReluJob& job, const RowBlock& row, int64_t vector, const int32_t* sums,
              int64_t pixels, T* out) {
   const ConvBiasReluArgs& args = job.args;
-  const int64_t channel_step = args.output_strides[1], pixel_step = pixel_step_of(args);
+  const int64_t channel_step = args.output_strides[1], pixel_step = args.output_strides[3];
   const int64_t channel = row.channel + vector * kLanes;
   const int64_t channels = args.output_sizes[1] - channel;
   const bool straight = channel_step == 1 && channels >= kLanes;
@@ -263,11 +258,11 @@ void put_out(const ConvBiasReluJob& job, const RowBlock& row, int64_t vector, co
   add_counts<1>(counts, totals, out, pixels, channels, pixel_step, channel_step);
 }
 
-// Asks for the lines of the caches that planes are going to be stored to: 16 channels of a few
-// pixels each, more than a processor foresees.
+// Asks for the lines of the caches that planes are going to be stored to: up to 16 channels of a
+// few pixels each, more than a processor foresees.
 template <class T>
-void prefetch_planes(const T* out, int64_t plane, int64_t pixels) {
-  for (int64_t c = 0; c < kLanes; ++c) {
+void prefetch_planes(const T* out, int64_t channels, int64_t plane, int64_t pixels) {
+  for (int64_t c = 0; c < channels && c < kLanes; ++c) {
     const auto* const first = reinterpret_cast<const char*>(out + c * plane);
     const auto* const last = reinterpret_cast<const char*>(out + c * plane + pixels) - 1;
     for (const char* at = first; at < last; at += 64) __builtin_prefetch(at, 1);
@@ -288,7 +283,9 @@ void run_group(const ConvBiasReluJob& job, const RowBlock& row, const uint8_t* p
   for (int64_t column = 0; column < columns; column += 2) {
     const int64_t complete = (column + 2) / kDigits;  // after the next sums
     if (channel_step != 1 && !job.past_caches && finished < complete) {
-      prefetch_planes(out + finished * kLanes * channel_step, channel_step, pixels);
+      const int64_t channel = finished * kLanes;
+      prefetch_planes(out + channel * channel_step,
+                      job.args.output_sizes[1] - row.channel - channel, channel_step, pixels);
     }
     const int8_t* const factors = weight + column * plan.steps * kTileBytes;
     int32_t* const to = sums + column % kDigitsColumns * kColumnSums;
@@ -307,15 +304,16 @@ void run_block(const ConvBiasReluJob& job, const RowBlock& row, float* scratch) 
   int32_t* const sums = reinterpret_cast<int32_t*>(scratch);
   uint8_t* const patches = reinterpret_cast<uint8_t*>(scratch + kDigitsSumFloats);
   T* const out = static_cast<T*>(job.args.output) + row.output_offset;
-  const bool for_all_blocks = job.blocks.count > 1;
+  const DigitsPlan& plan = *job.digits;
+  // The output is dense: its rows are one run of pixels.
   const int64_t pixels = row.rows * job.args.output_sizes[3];
-  if (for_all_blocks && row.channel == 0) gather(job, row, 0, pixels, patches);
+  if (plan.is_gathered_once && row.channel == 0) gather(job, row, 0, pixels, patches);
   for (int64_t begin = 0; begin < pixels; begin += kDigitsPixels) {
     const int64_t end = pixels - begin < kDigitsPixels ? pixels : begin + kDigitsPixels;
-    if (!for_all_blocks) gather(job, row, begin, end, patches);
+    if (!plan.is_gathered_once) gather(job, row, begin, end, patches);
     run_group<T, is_signed>(job, row,
-                            patches + (for_all_blocks ? begin * job.digits->patch_bytes() : 0),
-                            end - begin, sums, out + begin * pixel_step_of(job.args));
+                            patches + (plan.is_gathered_once ? begin * plan.patch_bytes() : 0),
+                            end - begin, sums, out + begin * job.args.output_strides[3]);
   }
 }
 

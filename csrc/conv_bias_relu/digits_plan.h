@@ -21,9 +21,8 @@ struct Digits {
   Digits(const Digits&) = delete;
   Digits& operator=(const Digits&) = delete;
 
-  // For passes over the input for all output channels at once, or one block of them after the
-  // other.
-  void choose_rows(const ConvBiasReluArgs& args, bool for_all_blocks);
+  // For all output channels at once, or one block of them after the other.
+  void choose_rows(const ConvBiasReluArgs& args, bool in_blocks);
   int64_t weight_bytes_per_output() const { return plan.patch_bytes() * kDigits; }
   // As digits.h has it; zeros for a dead channel.
   void pack_weight(const ConvBiasReluArgs& args, const Bounds& bounds,
