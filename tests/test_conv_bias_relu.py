@@ -560,7 +560,7 @@ def is_direct(case: Case, weight: torch.Tensor, normalization: pixfuse.Normaliza
 
 def is_in_digits(case: Case, isa: str) -> bool:
     """What a matrix unit for bytes is used for."""
-    return isa == "amx" and case.channels <= 3 and case.channels * math.prod(case.kernel) >= 64
+    return isa == "amx" and case.channels <= 3 and case.channels * math.prod(case.kernel) >= 48
 
 
 def test_who_goes_another_way(isa: str) -> None:
@@ -753,7 +753,7 @@ needs_amx = pytest.mark.skipif("amx" not in _library.available_isas(), reason="n
 DIGITS = [
     *(
         Case(3, 20, (k, k), stride, k // 2, size=(41, 43))
-        for k in (5, 6, 7, 8, 9, 11, 16, 17)
+        for k in (4, 5, 6, 7, 8, 9, 11, 16, 17)
         for stride in (1, 2, 3)
     ),
     *(Case(channels, 33, (11, 13), 2, 3, size=(37, 45)) for channels in (1, 2, 3)),
@@ -803,7 +803,8 @@ def test_digits_are_as_accurate_as_torch() -> None:
     rows, columns = torch.meshgrid(torch.arange(112), torch.arange(112), indexing="ij")
     smooth = (120 + 90 * torch.sin(rows / 9) * torch.cos(columns / 7)).expand(1, 3, 112, 112)
     pictures = (random_bytes(1, 3, 112, 112), smooth.to(torch.uint8))
-    cases = (STEMS["resnet"], STEMS["alexnet"], STEMS["vit"], Case(3, 32, (5, 5), 1, 2))
+    stems = (STEMS[name] for name in ("resnet", "alexnet", "vit", "convnext"))
+    cases = (*stems, Case(3, 32, (5, 5), 1, 2))
     for case, images, normalization in itertools.product(
         cases, pictures, (pixfuse.IMAGENET, pixfuse.SIGNED, pixfuse.UNIT)
     ):

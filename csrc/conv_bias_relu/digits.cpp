@@ -22,7 +22,7 @@ constexpr double kMostSteps = 127 * 65536 + 127 * 256 + 127;
 constexpr double kLeast = 0x1p-90;
 // Fewer multiplications are not what a call takes its time for: then the direct way is as fast, or
 // faster, since it has less to do for each output.
-constexpr int64_t kLeastTaps = 64;
+constexpr int64_t kLeastTaps = 48;
 // Pixels of a kernel whose products fit an int32.
 constexpr int64_t kMostPixels = 1 << 14;
 static_assert(int64_t{255} * 128 * kMostPixelBytes * kMostPixels <= INT32_MAX);
