@@ -1,7 +1,7 @@
 """The CUDA kernels, compiled with the host compiler and run on the CPU: `cuda_on_cpu/README.md`.
 
-Values, sanitizers in three orders of the threads, a race checker; and for each of these, mistakes
-planted in the kernels that it must find.
+Values, sanitizers and a race checker, each in three orders of the threads; and for each of these,
+mistakes planted in the kernels that it must find.
 """
 
 import ctypes
@@ -236,9 +236,10 @@ def test_text_to_replace_must_be_there_once() -> None:
 
 
 @pytest.mark.parametrize("what", ["values", "shapes", "far"])
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("program", [normalize(VALUES)], ids=str)
-def test_normalize(builds: Toolchain, program: Program, what: str) -> None:
-    assert_passes(run(builds.build(program), what))
+def test_normalize(builds: Toolchain, program: Program, order: str, what: str) -> None:
+    assert_passes(run(builds.build(program), what, order=order))
 
 
 @pytest.mark.parametrize("what", ["values", "shapes", "far"])
@@ -463,9 +464,10 @@ def test_header_to_replace_text_in_must_be_included_once() -> None:
 
 
 @pytest.mark.parametrize("what", ["values", "shapes", "far"])
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("program", [crop_mirror_normalize(VALUES)], ids=str)
-def test_crop_mirror_normalize(builds: Toolchain, program: Program, what: str) -> None:
-    assert_passes(run(builds.build(program), what))
+def test_crop_mirror_normalize(builds: Toolchain, program: Program, order: str, what: str) -> None:
+    assert_passes(run(builds.build(program), what, order=order))
 
 
 @pytest.mark.parametrize("what", ["values", "shapes", "far"])

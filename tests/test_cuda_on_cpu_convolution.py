@@ -68,9 +68,10 @@ def cases(flavor: Flavor) -> list[tuple[Program, str]]:
     ]
 
 
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(("program", "what"), cases(VALUES), ids=str)
-def test_values(builds: Toolchain, program: Program, what: str) -> None:
-    assert_passes(run(builds.build(program), what))
+def test_values(builds: Toolchain, program: Program, what: str, order: str) -> None:
+    assert_passes(run(builds.build(program), what, order=order))
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -70,9 +70,10 @@ def cases(flavor: Flavor) -> list[tuple[Program, str]]:
     return [(program(name, flavor), what) for name, jobs in OPERATORS.items() for what in jobs]
 
 
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(("program", "what"), cases(VALUES), ids=str)
-def test_values(builds: Toolchain, program: Program, what: str) -> None:
-    assert_passes(run(builds.build(program), what))
+def test_values(builds: Toolchain, program: Program, what: str, order: str) -> None:
+    assert_passes(run(builds.build(program), what, order=order))
 
 
 @pytest.mark.parametrize("order", ORDERS)
