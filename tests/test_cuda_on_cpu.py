@@ -12,7 +12,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from pixfuse._placement import placements_of
 from pixfuse.normalization import ROUNDING_CODES, Rounding
 from tests.bits import assert_same_bits
 from tests.cuda_on_cpu import toolchain
+from tests.cuda_on_cpu.planted import Planted, Search, searches, together
 from tests.cuda_on_cpu.toolchain import (
     CSRC,
     HERE,
@@ -62,16 +63,21 @@ CROP_MIRROR_NORMALIZE = Kernel(
 )
 
 
+def program_of(kernel: Kernel, flavor: Flavor) -> Program:
+    """A kernel of the product with the program that tests it."""
+    return Program(kernel, (f"test_{kernel.path.stem.removesuffix('_cuda')}.cpp",), flavor)
+
+
 def samples(flavor: Flavor) -> Program:
     return Program(SAMPLES, ("test_samples.cpp",), flavor)
 
 
-def normalize(flavor: Flavor, kernel: Kernel = NORMALIZE) -> Program:
-    return Program(kernel, ("test_normalize.cpp",), flavor)
+def normalize(flavor: Flavor) -> Program:
+    return program_of(NORMALIZE, flavor)
 
 
-def crop_mirror_normalize(flavor: Flavor, kernel: Kernel = CROP_MIRROR_NORMALIZE) -> Program:
-    return Program(kernel, ("test_crop_mirror_normalize.cpp",), flavor)
+def crop_mirror_normalize(flavor: Flavor) -> Program:
+    return program_of(CROP_MIRROR_NORMALIZE, flavor)
 
 
 def crop_mirror_normalize_library(kernel: Kernel = CROP_MIRROR_NORMALIZE) -> Program:
@@ -80,26 +86,6 @@ def crop_mirror_normalize_library(kernel: Kernel = CROP_MIRROR_NORMALIZE) -> Pro
 
 def normalize_library(kernel: Kernel = NORMALIZE) -> Program:
     return Program(kernel, ("normalize_library.cpp",), LIBRARY)
-
-
-@dataclass(frozen=True)
-class Planted:
-    """A mistake in the product's kernel, and the check that must find it."""
-
-    name: str
-    old: str  # stands in the source exactly once; line breaks do not matter
-    new: str
-    flavor: Flavor
-    run: str  # what the test program is asked to do
-    found_as: str  # what it says then
-    kernel: Kernel = NORMALIZE
-
-    @property
-    def program(self) -> Program:
-        replacements = ((self.old, self.new), *self.kernel.replacements)
-        kernel = replace(self.kernel, replacements=replacements)
-        is_normalize = self.kernel.path == NORMALIZE.path
-        return (normalize if is_normalize else crop_mirror_normalize)(self.flavor, kernel)
 
 
 def share_of(order: str) -> str:
@@ -111,11 +97,17 @@ def share_of(order: str) -> str:
 
 
 def run(
-    program: Path, *arguments: str, order: str = "forward", seed: int = 1, share: str = "0/1"
+    program: Path,
+    *arguments: str,
+    order: str = "forward",
+    seed: int = 1,
+    share: str = "0/1",
+    mistake: int = 0,
 ) -> subprocess.CompletedProcess[str]:
     environment = {
         **os.environ,
         "CUDA_ON_CPU_SHARE": share,
+        "CUDA_ON_CPU_MISTAKE": str(mistake),
         "CUDA_ON_CPU_ORDER": order,
         "CUDA_ON_CPU_SEED": str(seed),
         # Leaks are not looked for: that needs a right (ptrace) which containers often withhold.
@@ -135,6 +127,11 @@ def assert_finds(result: subprocess.CompletedProcess[str], message: str) -> None
     said = result.stdout + result.stderr
     assert result.returncode != 0, f"the mistake was not found: {said}"
     assert re.search(message, said), said
+
+
+def assert_is_found(builds: Toolchain, search: Search) -> None:
+    program, planted = builds.build(search.program), search.planted
+    assert_finds(run(program, planted.run, mistake=search.number), planted.found_as)
 
 
 # --- The emulator itself, with kernels of its own ---
@@ -224,12 +221,21 @@ def test_missing_headers_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_text_to_replace_must_be_there_once() -> None:
-    assert "int other(" in Kernel(SAMPLES.path, (("int sum_rows(", "int other("),)).text()
+    replacements = (("int sum_rows(", "int other("),)
+    assert "int other(" in replace(SAMPLES, replacements=replacements).text()
     for old in ("no such text", "__syncthreads();"):
         found = SAMPLES.path.read_text().count(old)
         assert found != 1
         with pytest.raises(ValueError, match=f"found {found} times instead of once: "):
-            Kernel(SAMPLES.path, ((old, ""),)).text()
+            replace(SAMPLES, replacements=((old, ""),)).text()
+        with pytest.raises(ValueError, match=f"found {found} times instead of once: "):
+            replace(SAMPLES, mistakes=((old, ""),)).text()
+
+
+def test_texts_to_replace_must_not_overlap() -> None:
+    mistakes = (("sum_of_warp(sum, bug)", "0"), ("sum = sum_of_warp(sum, bug);", ""))
+    with pytest.raises(ValueError, match="overlaps what is replaced, too: "):
+        replace(SAMPLES, mistakes=mistakes).text()
 
 
 # --- normalize ---
@@ -272,46 +278,52 @@ def test_normalize_more_than_2_to_the_31_elements(builds: Toolchain, program: Pr
 PLANTED = (
     Planted(
         "load_past_the_end",
-        "if (first >= 0 && first + kChunkBytes <= run_bytes) {",
-        "if (first >= 0 && first < run_bytes) {",
+        NORMALIZE,
+        "first >= 0 && first + kChunkBytes <= run_bytes",
+        "first >= 0 && first < run_bytes",
         SANITIZED,
         "shapes",
         "heap-buffer-overflow",
     ),
     Planted(
         "load_before_the_start",
-        "if (first >= 0 && first + kChunkBytes <= run_bytes) {",
-        "if (first + kChunkBytes <= run_bytes) {",
+        NORMALIZE,
+        "first >= 0 && first + kChunkBytes <= run_bytes",
+        "first + kChunkBytes <= run_bytes",
         SANITIZED,
         "shapes",
         "heap-buffer-overflow|use-after-poison",
     ),
     Planted(
         "misaligned_load",
-        "const int first = walk.chunk * kChunkBytes - offset_in_chunk(source);",
-        "const int first = walk.chunk * kChunkBytes;",
+        NORMALIZE,
+        "walk.chunk * kChunkBytes - offset_in_chunk(source)",
+        "walk.chunk * kChunkBytes",
         SANITIZED,
         "shapes",
         "misaligned address",
     ),
     Planted(
         "misaligned_store",
-        "- offset_in_chunk(target) / static_cast<int>(sizeof(T));",
-        ";",
+        NORMALIZE,
+        "offset_in_chunk(target) / static_cast<int>(sizeof(T))",
+        "0",
         SANITIZED,
         "shapes",
         "misaligned address",
     ),
     Planted(
         "store_past_the_end",
-        "if (gaps || first < 0 || first + kVector > run_elements) {",
-        "if (gaps || first < 0) {",
+        NORMALIZE,
+        "gaps || first < 0 || first + kVector > run_elements",
+        "gaps || first < 0",
         VALUES,
         "shapes",
         "which lies between, was written",
     ),
     Planted(
         "too_little_shared_memory",
+        NORMALIZE,
         "return run_count * run_pitch(pixels);",
         "return run_count * run_pitch(pixels) - 16;",
         SANITIZED,
@@ -320,14 +332,17 @@ PLANTED = (
     ),
     Planted(
         "too_much_shared_memory",
+        NORMALIZE,
         "constexpr int kTileBytes = 4096;",
         "constexpr int kTileBytes = 65536;",
         VALUES,
         "shapes",
         "CUDA error 1",
+        has_own_program=True,
     ),
     Planted(
         "no_barrier_before_staging",
+        NORMALIZE,
         "__syncthreads(); // Stage the bytes.",
         "",
         RACE,
@@ -336,6 +351,7 @@ PLANTED = (
     ),
     Planted(
         "no_barrier_after_staging",
+        NORMALIZE,
         "__syncthreads(); // Convert, in the order of the output.",
         "",
         RACE,
@@ -344,6 +360,7 @@ PLANTED = (
     ),
     Planted(
         "barrier_in_a_branch",
+        NORMALIZE,
         "__syncthreads(); // Stage the bytes.",
         "if (described < rows * channels) __syncthreads();",
         VALUES,
@@ -352,22 +369,25 @@ PLANTED = (
     ),
     Planted(
         "uninitialized_constant",
-        "if (threadIdx.x < channels) {",
-        "if (threadIdx.x + 1 < channels) {",
+        NORMALIZE,
+        "threadIdx.x < channels",
+        "threadIdx.x + 1 < channels",
         VALUES,
         "values",
         WRONG_VALUE,
     ),
     Planted(
         "blocks_that_overlap",
-        "pixels = smaller(p.shape.pixels, p.width - pixel0);",
-        "pixels = smaller(p.shape.pixels + 1, p.width - pixel0);",
+        NORMALIZE,
+        "smaller(p.shape.pixels, p.width - pixel0)",
+        "smaller(p.shape.pixels + 1, p.width - pixel0)",
         RACE,
         "few",
         "race on global memory",
     ),
     Planted(
         "offset_of_32_bits",
+        NORMALIZE,
         "parameters.images + offset(parameters.image_strides)",
         "parameters.images + static_cast<int>(offset(parameters.image_strides))",
         VALUES,
@@ -376,14 +396,16 @@ PLANTED = (
     ),
     Planted(
         "output_offset_of_32_bits",
-        "offset(parameters.output_strides)};",
-        "static_cast<int>(offset(parameters.output_strides))};",
+        NORMALIZE,
+        "offset(parameters.output_strides)",
+        "static_cast<int>(offset(parameters.output_strides))",
         VALUES,
         "far",
         WRONG_VALUE,
     ),
     Planted(
         "reciprocal",
+        NORMALIZE,
         "__fdiv_rn(static_cast<float>(x), 255.0f)",
         "__fmul_rn(static_cast<float>(x), 1.0f / 255.0f)",
         VALUES,
@@ -392,6 +414,7 @@ PLANTED = (
     ),
     Planted(
         "contraction",
+        NORMALIZE,
         "__fsub_rn(scaled, mean)",
         "__fmaf_rn(static_cast<float>(x), launch.scale, -mean)",
         VALUES,
@@ -400,6 +423,7 @@ PLANTED = (
     ),
     Planted(
         "cancellation",
+        NORMALIZE,
         "center_low = channel.center_low;",
         "center_low = 0.0;",
         VALUES,
@@ -408,6 +432,7 @@ PLANTED = (
     ),
     Planted(
         "float_instead_of_double",
+        NORMALIZE,
         "__double2float_rn(__dmul_rn(centered, inverse_width))",
         "__fmul_rn(static_cast<float>(centered), static_cast<float>(inverse_width))",
         VALUES,
@@ -416,6 +441,7 @@ PLANTED = (
     ),
     Planted(
         "half_towards_zero",
+        NORMALIZE,
         "result = __float2half_rn(value);",
         "result = __float2half_rz(value);",
         VALUES,
@@ -424,6 +450,7 @@ PLANTED = (
     ),
     Planted(
         "bfloat16_truncated",
+        NORMALIZE,
         "result = __float2bfloat16_rn(value);",
         "result = __float2bfloat16_rz(value);",
         VALUES,
@@ -433,9 +460,19 @@ PLANTED = (
 )
 
 
-@pytest.mark.parametrize("planted", PLANTED, ids=lambda planted: planted.name)
-def test_bug_in_normalize_is_found(builds: Toolchain, planted: Planted) -> None:
-    assert_finds(run(builds.build(planted.program), planted.run), planted.found_as)
+SEARCHES = searches(PLANTED, program_of)
+
+
+@pytest.mark.parametrize("program", together(SEARCHES), ids=str)
+def test_nothing_is_found_in_normalize_without_a_mistake(
+    builds: Toolchain, program: Program
+) -> None:
+    assert_passes(run(builds.build(program), "few"))
+
+
+@pytest.mark.parametrize("search", SEARCHES, ids=str)
+def test_mistake_in_normalize_is_found(builds: Toolchain, search: Search) -> None:
+    assert_is_found(builds, search)
 
 
 def test_shares_are_all_cases(builds: Toolchain) -> None:
@@ -492,188 +529,199 @@ def test_crop_mirror_normalize_has_no_races(
     assert int(checked[1]) > 1_000_000
 
 
-# With one size of parameters there are half as many kernels to compile.
-CHEAPER = replace(
-    CROP_MIRROR_NORMALIZE,
-    replacements=(("constexpr int kManyImages = 640;", "constexpr int kManyImages = kFewImages;"),),
-)
-
-
-def planted(name: str, old: str, new: str, flavor: Flavor, run: str, found_as: str) -> Planted:
-    return Planted(name, old, new, flavor, run, found_as, CHEAPER)
-
-
 PLANTED_IN_CROP_MIRROR_NORMALIZE = (
-    planted(
+    Planted(
         "mirrored_run_starts_at_its_end",
-        "run_start = smaller(0, (end_pixel - first_pixel - 1) * pixel_step) +",
-        "run_start =",
+        CROP_MIRROR_NORMALIZE,
+        "smaller(0, (end_pixel - first_pixel - 1) * pixel_step)",
+        "0",
         VALUES,
         "values",
         WRONG_VALUE,
     ),
-    planted(
+    Planted(
         "channels_backwards_start_at_the_end",
-        "smaller(0, (p.launch.channels - 1) * channel_step);",
-        "0;",
+        CROP_MIRROR_NORMALIZE,
+        "smaller(0, (p.launch.channels - 1) * channel_step)",
+        "0",
         VALUES,
         "values",
         WRONG_VALUE,
     ),
-    planted(
+    Planted(
         "rows_below_the_image",
+        CROP_MIRROR_NORMALIZE,
         "end_row = between(first_row, top + image.height, rows);",
         "end_row = rows;",
         SANITIZED,
         "shapes",
         "heap-buffer-overflow|null pointer",
     ),
-    planted(
+    Planted(
         "pixels_right_of_the_image",
+        CROP_MIRROR_NORMALIZE,
         "end_pixel = between(first_pixel, left + image.width, pixels);",
         "end_pixel = pixels;",
         VALUES,
         "shapes",
         "elements of the mask differ",
     ),
-    planted(
+    Planted(
         "tile_without_pixels_of_the_image",
-        "if (first_pixel == end_pixel) {",
-        "if (false) {",
+        CROP_MIRROR_NORMALIZE,
+        "first_pixel == end_pixel",
+        "false",
         SANITIZED,
         "shapes",
         "division by zero",
     ),
-    planted(
+    Planted(
         "vector_that_ends_in_the_fill",
-        "&& pixel_inside(pixel_of(first + kVector - 1))",
-        "",
+        CROP_MIRROR_NORMALIZE,
+        "pixel_inside(pixel_of(first + kVector - 1))",
+        "true",
         VALUES,
         "shapes",
         WRONG_VALUE,
     ),
-    planted(
+    Planted(
         "vector_that_begins_in_the_fill",
-        "if (pixel_inside(pixel_of(first)) &&",
-        "if (",
+        CROP_MIRROR_NORMALIZE,
+        "pixel_inside(pixel_of(first))",
+        "true",
         VALUES,
         "shapes",
         WRONG_VALUE,
     ),
-    planted(
+    Planted(
         "fill_of_another_channel",
+        CROP_MIRROR_NORMALIZE,
         "convert(fill[channel], result);",
         "convert(fill[0], result);",
         VALUES,
         "shapes",
         WRONG_VALUE,
     ),
-    planted(
+    Planted(
         "fill_of_another_launch",
+        CROP_MIRROR_NORMALIZE,
         "p.fill[c] = args.fill[first_channel + c];",
         "p.fill[c] = args.fill[c];",
         VALUES,
         "shapes",
         WRONG_VALUE,
     ),
-    planted(
+    Planted(
         "channels_of_another_launch",
+        CROP_MIRROR_NORMALIZE,
         "image.pixels += first_channel * image.channel_stride;",
         "",
         VALUES,
         "shapes",
         WRONG_VALUE,
     ),
-    planted(
+    Planted(
         "images_of_another_launch",
+        CROP_MIRROR_NORMALIZE,
         "part.images += n;",
         "",
         VALUES,
         "shapes",
         WRONG_VALUE,
     ),
-    planted(
+    Planted(
         "output_of_another_launch",
+        CROP_MIRROR_NORMALIZE,
         "part.output = static_cast<T*>(args.output) + n * args.output_strides[0];",
         "",
         VALUES,
         "shapes",
         WRONG_VALUE,
     ),
-    planted(
+    Planted(
         "mask_of_another_launch",
+        CROP_MIRROR_NORMALIZE,
         "if (args.mask != nullptr) part.mask += n * args.sizes[2] * args.sizes[3];",
         "",
         VALUES,
         "shapes",
         "elements of the mask differ",
     ),
-    planted(
+    Planted(
         "mask_without_an_end",
+        CROP_MIRROR_NORMALIZE,
         "static_cast<uint8_t>(inside && pixel >= tile.first_pixel && pixel < tile.end_pixel)",
         "static_cast<uint8_t>(inside && pixel >= tile.first_pixel)",
         VALUES,
         "shapes",
         "elements of the mask differ",
     ),
-    planted(
+    Planted(
         "mask_past_the_end",
-        "if (first < 0 || first + kChunkBytes > tile.pixels) {",
-        "if (first < 0) {",
+        CROP_MIRROR_NORMALIZE,
+        "first < 0 || first + kChunkBytes > tile.pixels",
+        "first < 0",
         VALUES,
         "shapes",
         "the mask's end was written over",
     ),
-    planted(
+    Planted(
         "misaligned_mask",
-        "const int first = walk.chunk * kChunkBytes - offset_in_chunk(target);",
-        "const int first = walk.chunk * kChunkBytes;",
+        CROP_MIRROR_NORMALIZE,
+        "walk.chunk * kChunkBytes - offset_in_chunk(target)",
+        "walk.chunk * kChunkBytes",
         SANITIZED,
         "shapes",
         "misaligned address",
     ),
-    planted(
+    Planted(
         "shared_memory_of_the_last_image",
+        CROP_MIRROR_NORMALIZE,
         "if (needed > shared_bytes) shared_bytes = needed;",
         "shared_bytes = needed;",
         SANITIZED,
         "shapes",
         "heap-buffer-overflow|store to null pointer",
     ),
-    planted(
+    Planted(
         "rows_with_gaps_as_one",
-        "image.row_stride != image.pixel_stride * width) {",
-        "false) {",
+        CROP_MIRROR_NORMALIZE,
+        "image.row_stride != image.pixel_stride * width",
+        "false",
         VALUES,
         "shapes",
         WRONG_VALUE,
     ),
-    planted(
+    Planted(
         "row_offset_of_32_bits",
-        "(row0 + row - image.top) * image.row_stride +",
-        "static_cast<int>((row0 + row - image.top) * image.row_stride) +",
+        CROP_MIRROR_NORMALIZE,
+        "(row0 + row - image.top) * image.row_stride",
+        "static_cast<int>((row0 + row - image.top) * image.row_stride)",
         VALUES,
         "far",
         WRONG_VALUE,
     ),
-    planted(
+    Planted(
         "pixel_offset_of_32_bits",
+        CROP_MIRROR_NORMALIZE,
         "walk.chunk * tile.pixel_stride()",
         "static_cast<int>(walk.chunk * tile.pixel_stride())",
         VALUES,
         "far",
         WRONG_VALUE,
     ),
-    planted(
+    Planted(
         "tiles_that_overlap",
-        "pixels = smaller(p.shape.pixels, p.width - pixel0);",
-        "pixels = smaller(p.shape.pixels + 1, p.width - pixel0);",
+        CROP_MIRROR_NORMALIZE,
+        "smaller(p.shape.pixels, p.width - pixel0)",
+        "smaller(p.shape.pixels + 1, p.width - pixel0)",
         RACE,
         "few",
         "race on global memory",
     ),
-    planted(
+    Planted(
         "no_barrier_after_staging_a_crop",
+        CROP_MIRROR_NORMALIZE,
         "__syncthreads(); // Convert, in the order of the output.",
         "",
         RACE,
@@ -683,11 +731,19 @@ PLANTED_IN_CROP_MIRROR_NORMALIZE = (
 )
 
 
-@pytest.mark.parametrize(
-    "planted", PLANTED_IN_CROP_MIRROR_NORMALIZE, ids=lambda planted: planted.name
-)
-def test_bug_in_crop_mirror_normalize_is_found(builds: Toolchain, planted: Planted) -> None:
-    assert_finds(run(builds.build(planted.program), planted.run), planted.found_as)
+SEARCHES_IN_CROP_MIRROR_NORMALIZE = searches(PLANTED_IN_CROP_MIRROR_NORMALIZE, program_of)
+
+
+@pytest.mark.parametrize("program", together(SEARCHES_IN_CROP_MIRROR_NORMALIZE), ids=str)
+def test_nothing_is_found_in_crop_mirror_normalize_without_a_mistake(
+    builds: Toolchain, program: Program
+) -> None:
+    assert_passes(run(builds.build(program), "few"))
+
+
+@pytest.mark.parametrize("search", SEARCHES_IN_CROP_MIRROR_NORMALIZE, ids=str)
+def test_mistake_in_crop_mirror_normalize_is_found(builds: Toolchain, search: Search) -> None:
+    assert_is_found(builds, search)
 
 
 # --- normalize, called from Python ---
@@ -898,9 +954,8 @@ def test_crops_equal_reference(
     [
         crop_mirror_normalize_library(
             replace(
-                CHEAPER,
+                CROP_MIRROR_NORMALIZE,
                 replacements=(
-                    *CHEAPER.replacements,
                     ("p.fill[c] = args.fill[first_channel + c];", "p.fill[c] = args.fill[0];"),
                 ),
             )

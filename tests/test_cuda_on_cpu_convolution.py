@@ -5,10 +5,10 @@ kernels that these must find: `cuda_on_cpu/README.md`.
 """
 
 import re
-from dataclasses import dataclass
 
 import pytest
 
+from tests.cuda_on_cpu.planted import Planted, Search, searches, together
 from tests.cuda_on_cpu.toolchain import (
     CSRC,
     RACE,
@@ -23,8 +23,9 @@ from tests.test_cuda_on_cpu import (
     ORDERS,
     UNREACHED,
     WRONG_VALUE,
-    assert_finds,
+    assert_is_found,
     assert_passes,
+    program_of,
     run,
     share_of,
 )
@@ -34,38 +35,11 @@ CONVOLUTION = Kernel(FOLDER / "conv_bias_relu_cuda.cu", header=CSRC / "common" /
 LAST_PASS = Kernel(FOLDER / "relu_count_cuda.cu", header=FOLDER / "activity_records.h")
 
 #: What the test program of each kernel can be asked to do.
-JOBS = {CONVOLUTION.path: ("shapes", "values", "far"), LAST_PASS.path: ("shapes",)}
-
-
-def program(kernel: Kernel, flavor: Flavor) -> Program:
-    test = kernel.path.name.replace("_cuda.cu", ".cpp")
-    return Program(kernel, (f"test_{test}",), flavor)
-
-
-@dataclass(frozen=True)
-class Planted:
-    """A mistake in a kernel, and the check that must find it."""
-
-    name: str
-    kernel: Kernel
-    old: str  # stands in the source exactly once; line breaks do not matter
-    new: str
-    flavor: Flavor
-    run: str  # what the test program is asked to do
-    found_as: str  # what it says then
-
-    @property
-    def program(self) -> Program:
-        kernel = Kernel(self.kernel.path, ((self.old, self.new),), self.kernel.header)
-        return program(kernel, self.flavor)
+JOBS = {CONVOLUTION: ("shapes", "values", "far"), LAST_PASS: ("shapes",)}
 
 
 def cases(flavor: Flavor) -> list[tuple[Program, str]]:
-    return [
-        (program(kernel, flavor), what)
-        for kernel in (CONVOLUTION, LAST_PASS)
-        for what in JOBS[kernel.path]
-    ]
+    return [(program_of(kernel, flavor), what) for kernel, jobs in JOBS.items() for what in jobs]
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -81,9 +55,7 @@ def test_sanitized(builds: Toolchain, program: Program, what: str, order: str) -
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize(
-    "program", [program(kernel, RACE) for kernel in (CONVOLUTION, LAST_PASS)], ids=str
-)
+@pytest.mark.parametrize("program", [program_of(kernel, RACE) for kernel in JOBS], ids=str)
 def test_no_races(builds: Toolchain, program: Program, order: str) -> None:
     result = run(builds.build(program), "few", order=order, share=share_of(order))
     assert_passes(result)
@@ -144,9 +116,11 @@ PLANTED = (
         "fragments_swapped",
         CONVOLUTION,
         "mma_m16n8k16_bf16( sums, {register_of(upper, 0), register_of(lower, 0), "
-        "register_of(upper, 1),",
+        "register_of(upper, 1), register_of(lower, 1)}, {register_of(column, 0), "
+        "register_of(column, 1)});",
         "mma_m16n8k16_bf16( sums, {register_of(upper, 0), register_of(upper, 1), "
-        "register_of(lower, 0),",
+        "register_of(lower, 0), register_of(lower, 1)}, {register_of(column, 0), "
+        "register_of(column, 1)});",
         VALUES,
         "few",
         WRONG_VALUE,
@@ -154,8 +128,12 @@ PLANTED = (
     Planted(
         "rows_swapped",
         CONVOLUTION,
-        "{register_of(upper, i), register_of(lower, i),",
-        "{register_of(lower, i), register_of(upper, i),",
+        "mma_m16n8k8_tf32(sums, {register_of(upper, i), register_of(lower, i), "
+        "register_of(upper, i + 1), register_of(lower, i + 1)}, {register_of(column, i), "
+        "register_of(column, i + 1)});",
+        "mma_m16n8k8_tf32(sums, {register_of(lower, i), register_of(upper, i), "
+        "register_of(upper, i + 1), register_of(lower, i + 1)}, {register_of(column, i), "
+        "register_of(column, i + 1)});",
         VALUES,
         "few",
         WRONG_VALUE,
@@ -163,8 +141,10 @@ PLANTED = (
     Planted(
         "half_of_a_quad_twice",
         CONVOLUTION,
-        "register_of(upper, 1), register_of(lower, 1), register_of(column, 1));",
-        "register_of(upper, 1), register_of(lower, 1), register_of(column, 0));",
+        "mma_m16n8k8_f16(sums, register_of(upper, 1), register_of(lower, 1), register_of(column, "
+        "1));",
+        "mma_m16n8k8_f16(sums, register_of(upper, 1), register_of(lower, 1), register_of(column, "
+        "0));",
         VALUES,
         "few",
         WRONG_VALUE,
@@ -172,8 +152,8 @@ PLANTED = (
     Planted(
         "read_past_the_border",
         CONVOLUTION,
-        "y < p.rows.size && x >= 0 &&",
-        "y <= p.rows.size && x >= 0 &&",
+        "y < p.rows.size",
+        "y <= p.rows.size",
         SANITIZED,
         "few",
         "heap-buffer-overflow",
@@ -195,12 +175,15 @@ PLANTED = (
         VALUES,
         "few",
         WRONG_VALUE,
+        has_own_program=True,
     ),
     Planted(
         "channel_too_many",
         CONVOLUTION,
-        "if (k < left) { values[k] = load_float(",
-        "if (k <= left) { values[k] = load_float(",
+        "if (k < left) { values[k] = load_float(p.input, p.input_type, offset + k * "
+        "p.input_strides[1]); }",
+        "if (k <= left) { values[k] = load_float(p.input, p.input_type, offset + k * "
+        "p.input_strides[1]); }",
         SANITIZED,
         "few",
         "heap-buffer-overflow",
@@ -208,8 +191,8 @@ PLANTED = (
     Planted(
         "channel_too_few",
         CONVOLUTION,
-        "channel < p.group_channels && row",
-        "channel + 1 < p.group_channels && row",
+        "channel < p.group_channels && row < p.slice[0]",
+        "channel + 1 < p.group_channels && row < p.slice[0]",
         VALUES,
         "few",
         WRONG_VALUE,
@@ -217,8 +200,8 @@ PLANTED = (
     Planted(
         "output_channel_too_few",
         CONVOLUTION,
-        "output < p.group_outputs;",
-        "output + 1 < p.group_outputs;",
+        "output < p.group_outputs",
+        "output + 1 < p.group_outputs",
         VALUES,
         "few",
         WRONG_VALUE,
@@ -234,12 +217,13 @@ PLANTED = (
         VALUES,
         "values",
         "wrong value: tiny.*counts of channel",
+        has_own_program=True,
     ),
     Planted(
         "pixels_counted_that_are_none",
         CONVOLUTION,
-        "if ((inside >> i & 1u) != 0) {",
-        "{",
+        "(inside >> i & 1u) != 0",
+        "true",
         VALUES,
         "few",
         "counts of channel",
@@ -256,8 +240,8 @@ PLANTED = (
     Planted(
         "weights_of_the_first_slice",
         CONVOLUTION,
-        "weights + slice * slice_weights;",
-        "weights;",
+        "weights + slice * slice_weights",
+        "weights",
         VALUES,
         "shapes",
         WRONG_VALUE,
@@ -265,8 +249,8 @@ PLANTED = (
     Planted(
         "stored_past_the_end",
         CONVOLUTION,
-        "y >= p.rows.output || x",
-        "y > p.rows.output || x",
+        "y >= p.rows.output",
+        "y > p.rows.output",
         SANITIZED,
         "few",
         "heap-buffer-overflow",
@@ -292,8 +276,8 @@ PLANTED = (
     Planted(
         "offset_of_32_bits",
         CONVOLUTION,
-        "y * p.input_strides[2] + x",
-        "static_cast<int>(y * p.input_strides[2]) + x",
+        "y * p.input_strides[2]",
+        "static_cast<int>(y * p.input_strides[2])",
         VALUES,
         "far",
         WRONG_VALUE,
@@ -301,8 +285,8 @@ PLANTED = (
     Planted(
         "output_offset_of_32_bits",
         CONVOLUTION,
-        "image * p.output_strides[0] +",
-        "static_cast<int>(image * p.output_strides[0]) +",
+        "image * p.output_strides[0]",
+        "static_cast<int>(image * p.output_strides[0])",
         VALUES,
         "far",
         WRONG_VALUE,
@@ -328,8 +312,8 @@ PLANTED = (
     Planted(
         "no_barrier_before_adding",
         LAST_PASS,
-        "tallies[row][column + i] = own[i]; } __syncthreads();",
-        "tallies[row][column + i] = own[i]; }",
+        "__syncthreads(); // All tallies are there.",
+        "",
         RACE,
         "few",
         RACES,
@@ -337,8 +321,8 @@ PLANTED = (
     Planted(
         "misaligned_vector",
         LAST_PASS,
-        "is_aligned(call.input, vector * in_bytes) &&",
-        "",
+        "is_aligned(call.input, vector * in_bytes)",
+        "true",
         SANITIZED,
         "shapes",
         "misaligned address",
@@ -346,6 +330,14 @@ PLANTED = (
 )
 
 
-@pytest.mark.parametrize("planted", PLANTED, ids=lambda p: f"{p.kernel.path.stem}-{p.name}")
-def test_mistakes_are_found(builds: Toolchain, planted: Planted) -> None:
-    assert_finds(run(builds.build(planted.program), planted.run), planted.found_as)
+SEARCHES = searches(PLANTED, program_of)
+
+
+@pytest.mark.parametrize("program", together(SEARCHES), ids=str)
+def test_nothing_is_found_without_a_mistake(builds: Toolchain, program: Program) -> None:
+    assert_passes(run(builds.build(program), "few"))
+
+
+@pytest.mark.parametrize("search", SEARCHES, ids=str)
+def test_mistakes_are_found(builds: Toolchain, search: Search) -> None:
+    assert_is_found(builds, search)

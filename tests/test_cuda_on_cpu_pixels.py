@@ -5,10 +5,10 @@ kernels that these must find: `cuda_on_cpu/README.md`.
 """
 
 import re
-from dataclasses import dataclass
 
 import pytest
 
+from tests.cuda_on_cpu.planted import Planted, Search, searches, together
 from tests.cuda_on_cpu.toolchain import (
     CSRC,
     RACE,
@@ -23,51 +23,30 @@ from tests.test_cuda_on_cpu import (
     ORDERS,
     UNREACHED,
     WRONG_VALUE,
-    assert_finds,
+    assert_is_found,
     assert_passes,
+    program_of,
     run,
     share_of,
 )
 
-#: Each operator that has kernels here, with what its test program can be asked to do.
-OPERATORS = {
-    "channel_histogram": ("shapes", "far"),
-    "denormalize": ("values", "shapes", "far"),
-    "standardize_per_image": ("shapes", "far", "large", "limits"),
+HISTOGRAM = Kernel(CSRC / "channel_histogram" / "channel_histogram_cuda.cu")
+DENORMALIZE = Kernel(CSRC / "denormalize" / "denormalize_cuda.cu")
+STANDARDIZE = Kernel(
+    CSRC / "standardize_per_image" / "standardize_per_image_cuda.cu",
+    header=CSRC / "standardize_per_image" / "standardize_per_image_one_pass.h",
+)
+
+#: What the test program of each kernel can be asked to do.
+JOBS = {
+    HISTOGRAM: ("shapes", "far"),
+    DENORMALIZE: ("values", "shapes", "far"),
+    STANDARDIZE: ("shapes", "far", "large", "limits"),
 }
-
-
-#: Where a part of the kernels is in a header of its own.
-HEADERS = {
-    "standardize_per_image": CSRC / "standardize_per_image" / "standardize_per_image_one_pass.h"
-}
-
-
-def program(operator: str, flavor: Flavor, *replacements: tuple[str, str]) -> Program:
-    source = CSRC / operator / f"{operator}_cuda.cu"
-    kernel = Kernel(source, replacements, HEADERS.get(operator))
-    return Program(kernel, (f"test_{operator}.cpp",), flavor)
-
-
-@dataclass(frozen=True)
-class Planted:
-    """A mistake in a kernel, and the check that must find it."""
-
-    name: str
-    operator: str
-    old: str  # stands in the source exactly once; line breaks do not matter
-    new: str
-    flavor: Flavor
-    run: str  # what the test program is asked to do
-    found_as: str  # what it says then
-
-    @property
-    def program(self) -> Program:
-        return program(self.operator, self.flavor, (self.old, self.new))
 
 
 def cases(flavor: Flavor) -> list[tuple[Program, str]]:
-    return [(program(name, flavor), what) for name, jobs in OPERATORS.items() for what in jobs]
+    return [(program_of(kernel, flavor), what) for kernel, jobs in JOBS.items() for what in jobs]
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -83,7 +62,7 @@ def test_sanitized(builds: Toolchain, program: Program, what: str, order: str) -
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("program", [program(name, RACE) for name in OPERATORS], ids=str)
+@pytest.mark.parametrize("program", [program_of(kernel, RACE) for kernel in JOBS], ids=str)
 def test_no_races(builds: Toolchain, program: Program, order: str) -> None:
     result = run(builds.build(program), "few", order=order, share=share_of(order))
     assert_passes(result)
@@ -92,16 +71,12 @@ def test_no_races(builds: Toolchain, program: Program, order: str) -> None:
     assert int(checked[1]) > 100_000
 
 
-HISTOGRAM = "channel_histogram"
-DENORMALIZE = "denormalize"
-STANDARDIZE = "standardize_per_image"
-
 PLANTED = (
     Planted(
         "load_past_the_end",
         HISTOGRAM,
-        "first >= 0 && first + kChunk <= p.run_elements) {",
-        "first >= 0 && first < p.run_elements) {",
+        "first >= 0 && first + kChunk <= p.run_elements",
+        "first >= 0 && first < p.run_elements",
         SANITIZED,
         "shapes",
         "heap-buffer-overflow",
@@ -109,8 +84,8 @@ PLANTED = (
     Planted(
         "load_before_the_start",
         HISTOGRAM,
-        "p.run_step == 1 && first >= 0 && first + kChunk",
-        "p.run_step == 1 && first + kChunk",
+        "first >= 0 && first + kChunk <= p.run_elements",
+        "first + kChunk <= p.run_elements",
         VALUES,
         "shapes",
         WRONG_VALUE,
@@ -183,8 +158,8 @@ PLANTED = (
     Planted(
         "table_not_cleared",
         HISTOGRAM,
-        "i < kTables * entries;",
-        "i < (kTables - 1) * entries;",
+        "i < kTables * entries",
+        "i < (kTables - 1) * entries",
         RACE,
         "few",
         "uninitialized shared memory",
@@ -192,8 +167,8 @@ PLANTED = (
     Planted(
         "table_left_out",
         HISTOGRAM,
-        "for (int k = 0; k < kTables; ++k)",
-        "for (int k = 1; k < kTables; ++k)",
+        "k < kTables",
+        "k < kTables - 1",
         VALUES,
         "shapes",
         WRONG_VALUE,
@@ -201,8 +176,8 @@ PLANTED = (
     Planted(
         "offset_of_32_bits",
         HISTOGRAM,
-        "group * p.group_stride +",
-        "static_cast<int>(group * p.group_stride) +",
+        "group * p.group_stride",
+        "static_cast<int>(group * p.group_stride)",
         VALUES,
         "far",
         WRONG_VALUE,
@@ -210,8 +185,8 @@ PLANTED = (
     Planted(
         "channel_offset_of_32_bits",
         HISTOGRAM,
-        "channel * p.channel_stride;",
-        "static_cast<int>(channel * p.channel_stride);",
+        "channel * p.channel_stride",
+        "static_cast<int>(channel * p.channel_stride)",
         VALUES,
         "far",
         WRONG_VALUE,
@@ -219,8 +194,8 @@ PLANTED = (
     Planted(
         "channels_out_of_turn",
         HISTOGRAM,
-        "channel = static_cast<int>(first % p.channels)",
-        "channel = 0",
+        "static_cast<int>(first % p.channels)",
+        "0",
         VALUES,
         "shapes",
         WRONG_VALUE,
@@ -255,8 +230,8 @@ PLANTED = (
     Planted(
         "misaligned_store",
         DENORMALIZE,
-        "kChunk - off_boundary;",
-        "kChunk;",
+        "item % p.chunks_per_run * kChunk - off_boundary",
+        "item % p.chunks_per_run * kChunk",
         SANITIZED,
         "shapes",
         "misaligned address",
@@ -264,8 +239,8 @@ PLANTED = (
     Planted(
         "misaligned_load",
         DENORMALIZE,
-        "together = whole && p.in_order && aligned;",
-        "together = whole && p.in_order;",
+        "whole && p.in_order && aligned",
+        "whole && p.in_order",
         SANITIZED,
         "shapes",
         "misaligned address",
@@ -273,8 +248,8 @@ PLANTED = (
     Planted(
         "load_past_the_end",
         DENORMALIZE,
-        "together = whole && p.in_order && aligned;",
-        "together = begin == first && p.in_order && aligned;",
+        "whole && p.in_order && aligned",
+        "begin == first && p.in_order && aligned",
         SANITIZED,
         "shapes",
         "heap-buffer-overflow",
@@ -282,8 +257,8 @@ PLANTED = (
     Planted(
         "values_in_another_order",
         DENORMALIZE,
-        "together = whole && p.in_order && aligned;",
-        "together = whole && p.value_strides[3] <= p.channels && aligned;",
+        "whole && p.in_order && aligned",
+        "whole && p.value_strides[3] <= p.channels && aligned",
         VALUES,
         "shapes",
         WRONG_VALUE,
@@ -291,8 +266,8 @@ PLANTED = (
     Planted(
         "gaps_overwritten",
         DENORMALIZE,
-        "whole = !p.gaps &&",
-        "whole =",
+        "!p.gaps && end - begin == kChunk",
+        "end - begin == kChunk",
         VALUES,
         "shapes",
         WRONG_VALUE,
@@ -319,7 +294,7 @@ PLANTED = (
         "half_up",
         DENORMALIZE,
         "__float_as_uint(__fadd_rn(inside, kRoundToInteger)) & 0xffu",
-        "inside + 0.5f",
+        "static_cast<unsigned>(inside + 0.5f)",
         VALUES,
         "values",
         WRONG_VALUE,
@@ -327,8 +302,8 @@ PLANTED = (
     Planted(
         "nan_to_255",
         DENORMALIZE,
-        "y > 0.0f ? y : 0.0f;",
-        "y < 0.0f ? 0.0f : y;",
+        "y > 0.0f ? y : 0.0f",
+        "y < 0.0f ? 0.0f : y",
         VALUES,
         "values",
         WRONG_VALUE,
@@ -336,8 +311,8 @@ PLANTED = (
     Planted(
         "half_of_a_step_clamped",
         DENORMALIZE,
-        "y < -0.5f ||",
-        "y <= -0.5f ||",
+        "y < -0.5f",
+        "y <= -0.5f",
         VALUES,
         "values",
         WRONG_VALUE,
@@ -381,8 +356,8 @@ PLANTED = (
     Planted(
         "offset_of_32_bits",
         DENORMALIZE,
-        "pixel * p.value_strides[3] +",
-        "static_cast<int>(pixel * p.value_strides[3]) +",
+        "pixel * p.value_strides[3]",
+        "static_cast<int>(pixel * p.value_strides[3])",
         VALUES,
         "far",
         WRONG_VALUE,
@@ -390,8 +365,8 @@ PLANTED = (
     Planted(
         "output_offset_of_32_bits",
         DENORMALIZE,
-        "p.output + n * p.output_strides[0] +",
-        "p.output + static_cast<int>(n * p.output_strides[0]) +",
+        "p.output + n * p.output_strides[0]",
+        "p.output + static_cast<int>(n * p.output_strides[0])",
         VALUES,
         "far",
         WRONG_VALUE,
@@ -399,8 +374,8 @@ PLANTED = (
     Planted(
         "last_constant_left_out",
         DENORMALIZE,
-        "if (threadIdx.x < p.channels)",
-        "if (threadIdx.x + 1 < p.channels)",
+        "threadIdx.x < p.channels",
+        "threadIdx.x + 1 < p.channels",
         RACE,
         "few",
         "uninitialized shared memory",
@@ -408,8 +383,8 @@ PLANTED = (
     Planted(
         "no_barrier",
         STANDARDIZE,
-        "__syncthreads(); const uint8_t* image =",
-        "const uint8_t* image =",
+        "__syncthreads(); // The constants of the image are there.",
+        "",
         RACE,
         "few",
         "race on shared memory|uninitialized shared memory",
@@ -417,8 +392,8 @@ PLANTED = (
     Planted(
         "barrier_in_a_branch",
         STANDARDIZE,
-        "__syncthreads(); const uint8_t* image =",
-        "if (threadIdx.x < p.channels) __syncthreads(); const uint8_t* image =",
+        "__syncthreads(); // The constants of the image are there.",
+        "if (threadIdx.x < p.channels) __syncthreads();",
         VALUES,
         "shapes",
         UNREACHED,
@@ -426,8 +401,8 @@ PLANTED = (
     Planted(
         "last_constant_left_out",
         STANDARDIZE,
-        "if (threadIdx.x < p.channels)",
-        "if (threadIdx.x + 1 < p.channels)",
+        "threadIdx.x < p.channels",
+        "threadIdx.x + 1 < p.channels",
         RACE,
         "few",
         "uninitialized shared memory",
@@ -435,8 +410,8 @@ PLANTED = (
     Planted(
         "write_past_the_end",
         STANDARDIZE,
-        "const int64_t values = p.pixels * p.channels;",
-        "const int64_t values = p.pixels * p.channels + 1;",
+        "p.pixels * p.channels",
+        "p.pixels * p.channels + 1",
         SANITIZED,
         "shapes",
         "heap-buffer-overflow|out of bounds",
@@ -444,8 +419,8 @@ PLANTED = (
     Planted(
         "blocks_that_overlap",
         STANDARDIZE,
-        "blockIdx.x % p.blocks_per_image) * kThreads;",
-        "blockIdx.x % p.blocks_per_image) * (kThreads - 1);",
+        "static_cast<int64_t>(blockIdx.x % p.blocks_per_image) * kThreads",
+        "static_cast<int64_t>(blockIdx.x % p.blocks_per_image) * (kThreads - 1)",
         RACE,
         "few",
         "race on global memory",
@@ -480,8 +455,8 @@ PLANTED = (
     Planted(
         "channels_of_the_first_launch",
         STANDARDIZE,
-        "p.first_channel + threadIdx.x;",
-        "threadIdx.x;",
+        "p.first_channel + threadIdx.x",
+        "threadIdx.x",
         VALUES,
         "shapes",
         WRONG_VALUE,
@@ -489,8 +464,8 @@ PLANTED = (
     Planted(
         "offset_of_32_bits",
         STANDARDIZE,
-        "image + channel * p.image_strides[1] + h",
-        "image + static_cast<int>(channel * p.image_strides[1]) + h",
+        "channel * p.image_strides[1] + h * p.image_strides[2]",
+        "static_cast<int>(channel * p.image_strides[1]) + h * p.image_strides[2]",
         VALUES,
         "far",
         WRONG_VALUE,
@@ -570,8 +545,9 @@ PLANTED = (
     Planted(
         "one_pass_gathered_byte_not_counted",
         STANDARDIZE,
-        "walk.item] = byte; own.add(byte);",
-        "walk.item] = byte; if (walk.run > 0) own.add(byte);",
+        "staged[begin_of_run(walk.run, source) + walk.item] = byte; own.add(byte);",
+        "staged[begin_of_run(walk.run, source) + walk.item] = byte; if (walk.run > 0) "
+        "own.add(byte);",
         VALUES,
         "shapes",
         WRONG_VALUE,
@@ -579,8 +555,9 @@ PLANTED = (
     Planted(
         "one_pass_first_pixel_not_counted",
         STANDARDIZE,
-        "for (Walk walk(p.pixels, start, parts",
-        "for (Walk walk(p.pixels, start + 1, parts",
+        "own.add(staged[begin_of(channel, walk.run) + walk.item * p.plan.pixel_step]);",
+        "if (walk.run + walk.item > 0) { own.add(staged[begin_of(channel, walk.run) + walk.item "
+        "* p.plan.pixel_step]); }",
         VALUES,
         "shapes",
         WRONG_VALUE,
@@ -588,8 +565,8 @@ PLANTED = (
     Planted(
         "one_pass_parts_that_overlap",
         STANDARDIZE,
-        "item / channels * kWarpThreads + lane;",
-        "item / channels * (kWarpThreads - 1) + lane;",
+        "item / channels * kWarpThreads + lane",
+        "item / channels * (kWarpThreads - 1) + lane",
         VALUES,
         "shapes",
         WRONG_VALUE,
@@ -597,8 +574,8 @@ PLANTED = (
     Planted(
         "one_pass_bytes_of_nobody_counted",
         STANDARDIZE,
-        "const bool dense = p.plan.pixel_bytes == channels &&",
-        "const bool dense = p.plan.pixel_bytes > 0 ||",
+        "p.plan.pixel_bytes == channels && (channels == 1 || p.plan.channel_step == 1)",
+        "true",
         VALUES,
         "shapes",
         WRONG_VALUE,
@@ -611,12 +588,13 @@ PLANTED = (
         VALUES,
         "limits",
         WRONG_VALUE,
+        has_own_program=True,
     ),
     Planted(
         "one_pass_count_of_one_channel",
         STANDARDIZE,
-        "p.pixels * (p.per_channel ? 1 : channels);",
-        "p.pixels;",
+        "p.pixels * (p.per_channel ? 1 : channels)",
+        "p.pixels",
         VALUES,
         "shapes",
         WRONG_VALUE,
@@ -642,8 +620,8 @@ PLANTED = (
     Planted(
         "one_pass_table_too_short",
         STANDARDIZE,
-        "(p.per_channel ? channels : 1) * kByteValues;",
-        "(p.per_channel ? channels : 1) * kByteValues - 1;",
+        "(p.per_channel ? channels : 1) * kByteValues",
+        "(p.per_channel ? channels : 1) * kByteValues - 1",
         RACE,
         "few",
         "race on shared memory|uninitialized shared memory",
@@ -651,8 +629,8 @@ PLANTED = (
     Planted(
         "one_pass_limit_without_what_is_declared",
         STANDARDIZE,
-        "limits.shared_bytes - static_cast<int64_t>(sizeof(OnePassBlock));",
-        "limits.shared_bytes;",
+        "limits.shared_bytes - static_cast<int64_t>(sizeof(OnePassBlock))",
+        "limits.shared_bytes",
         VALUES,
         "limits",
         "what fits",
@@ -660,8 +638,8 @@ PLANTED = (
     Planted(
         "one_pass_limit_without_tables",
         STANDARDIZE,
-        "staged + tables * kByteValues * element_bytes(args.dtype);",
-        "staged;",
+        "staged + tables * kByteValues * element_bytes(args.dtype)",
+        "staged",
         SANITIZED,
         "shapes",
         "heap-buffer-overflow",
@@ -678,8 +656,8 @@ PLANTED = (
     Planted(
         "one_pass_memory_not_asked_for",
         STANDARDIZE,
-        "const cudaError_t error = allow_shared_memory(kernel, plan.shared_bytes);",
-        "const cudaError_t error = cudaSuccess;",
+        "allow_shared_memory(kernel, plan.shared_bytes)",
+        "cudaSuccess",
         VALUES,
         "limits",
         "CUDA error",
@@ -687,8 +665,8 @@ PLANTED = (
     Planted(
         "one_pass_load_past_the_end",
         STANDARDIZE,
-        "first[k] >= 0 && first[k] + kChunkBytes <= run_bytes;",
-        "first[k] >= 0 && first[k] < run_bytes;",
+        "first[k] >= 0 && first[k] + kChunkBytes <= run_bytes",
+        "first[k] >= 0 && first[k] < run_bytes",
         SANITIZED,
         "shapes",
         "heap-buffer-overflow",
@@ -696,8 +674,8 @@ PLANTED = (
     Planted(
         "one_pass_load_before_the_start",
         STANDARDIZE,
-        "first[k] >= 0 && first[k] + kChunkBytes <= run_bytes;",
-        "first[k] + kChunkBytes <= run_bytes;",
+        "first[k] >= 0 && first[k] + kChunkBytes <= run_bytes",
+        "first[k] + kChunkBytes <= run_bytes",
         VALUES,
         "shapes",
         WRONG_VALUE,
@@ -705,8 +683,8 @@ PLANTED = (
     Planted(
         "one_pass_misaligned_load",
         STANDARDIZE,
-        "walk.item * kChunkBytes - offset_in_chunk(source[k]);",
-        "walk.item * kChunkBytes;",
+        "walk.item * kChunkBytes - offset_in_chunk(source[k])",
+        "walk.item * kChunkBytes",
         SANITIZED,
         "shapes",
         "misaligned address",
@@ -714,8 +692,8 @@ PLANTED = (
     Planted(
         "one_pass_misaligned_staging",
         STANDARDIZE,
-        "(gathered ? 0 : offset_in_chunk(source));",
-        "0;",
+        "gathered ? 0 : offset_in_chunk(source)",
+        "0",
         SANITIZED,
         "shapes",
         "misaligned address",
@@ -723,8 +701,8 @@ PLANTED = (
     Planted(
         "one_pass_misaligned_store",
         STANDARDIZE,
-        "- offset_in_chunk(target) / static_cast<int>(sizeof(T));",
-        ";",
+        "offset_in_chunk(target) / static_cast<int>(sizeof(T))",
+        "0",
         SANITIZED,
         "shapes",
         "misaligned address",
@@ -732,8 +710,8 @@ PLANTED = (
     Planted(
         "one_pass_store_past_the_end",
         STANDARDIZE,
-        "if (first < 0 || first + kVector > elements) {",
-        "if (first < 0) {",
+        "first < 0 || first + kVector > elements",
+        "first < 0",
         SANITIZED,
         "shapes",
         "heap-buffer-overflow",
@@ -741,8 +719,8 @@ PLANTED = (
     Planted(
         "one_pass_store_before_the_start",
         STANDARDIZE,
-        "if (first < 0 || first + kVector > elements) {",
-        "if (first + kVector > elements) {",
+        "first < 0 || first + kVector > elements",
+        "first + kVector > elements",
         VALUES,
         "shapes",
         WRONG_VALUE,
@@ -759,8 +737,8 @@ PLANTED = (
     Planted(
         "one_pass_groups_that_overlap",
         STANDARDIZE,
-        "plane = blockIdx.x % p.planes;",
-        "plane = 0 * blockIdx.x;",
+        "blockIdx.x % p.planes",
+        "0 * blockIdx.x",
         RACE,
         "few",
         "race on global memory",
@@ -768,8 +746,8 @@ PLANTED = (
     Planted(
         "one_pass_offset_of_32_bits",
         STANDARDIZE,
-        "image + channel * p.image_strides[1] + row",
-        "image + static_cast<int>(channel * p.image_strides[1]) + row",
+        "channel * p.image_strides[1] + row * p.image_strides[2]",
+        "static_cast<int>(channel * p.image_strides[1]) + row * p.image_strides[2]",
         VALUES,
         "far",
         WRONG_VALUE,
@@ -777,8 +755,8 @@ PLANTED = (
     Planted(
         "one_pass_output_offset_of_32_bits",
         STANDARDIZE,
-        "static_cast<T*>(p.output) + n * p.output_strides[0] +",
-        "static_cast<T*>(p.output) + static_cast<int>(n * p.output_strides[0]) +",
+        "n * p.output_strides[0] + plane * p.output_strides[1]",
+        "static_cast<int>(n * p.output_strides[0]) + plane * p.output_strides[1]",
         VALUES,
         "far",
         WRONG_VALUE,
@@ -795,6 +773,14 @@ PLANTED = (
 )
 
 
-@pytest.mark.parametrize("planted", PLANTED, ids=lambda p: f"{p.operator}-{p.name}")
-def test_mistakes_are_found(builds: Toolchain, planted: Planted) -> None:
-    assert_finds(run(builds.build(planted.program), planted.run), planted.found_as)
+SEARCHES = searches(PLANTED, program_of)
+
+
+@pytest.mark.parametrize("program", together(SEARCHES), ids=str)
+def test_nothing_is_found_without_a_mistake(builds: Toolchain, program: Program) -> None:
+    assert_passes(run(builds.build(program), "few"))
+
+
+@pytest.mark.parametrize("search", SEARCHES, ids=str)
+def test_mistakes_are_found(builds: Toolchain, search: Search) -> None:
+    assert_is_found(builds, search)

@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(kThreads) interleaved_kernel(const Parameters 
   for (int i = 0; i < kVector; ++i) {
     if (i < step) tallies[row][column + i] = own[i];
   }
-  __syncthreads();
+  __syncthreads();  // All tallies are there.
   const int64_t mine = first_channel + threadIdx.x;
   if (threadIdx.x < kBlockChannels && mine < p.channels) {
     Record total{};

@@ -12,12 +12,11 @@
 namespace pixfuse {
 namespace {
 
-// Images of one launch. Small batches pay for 4 KiB of parameters, the others for as much as CUDA
-// allows (compute capability 7.0 and above, CUDA 12.1 and above).
-constexpr int kFewImages = 64;
-constexpr int kManyImages = 640;
+// Images of one launch: each launch pays for the parameters of that many, 12 KiB. CUDA allows 32
+// (compute capability 7.0 and above, CUDA 12.1 and above).
+constexpr int kMaxImages = 256;
 
-template <class Steps, int Capacity>
+template <class Steps>
 struct BatchParameters {
   void* output;
   uint8_t* mask;              // [images, height, width] or null
@@ -28,11 +27,10 @@ struct BatchParameters {
   TileLaunch launch;
   Steps steps[kMaxChannels];
   float fill[kMaxChannels];
-  PlacedImage images[Capacity];
+  PlacedImage images[kMaxImages];
 };
 template <class Steps>
-constexpr bool kFits = sizeof(BatchParameters<Steps, kFewImages>) <= 4096 &&
-                       sizeof(BatchParameters<Steps, kManyImages>) <= 32764;
+constexpr bool kFits = sizeof(BatchParameters<Steps>) <= 32764;
 static_assert(kFits<FloatSteps> && kFits<DoubleSteps> && kFits<NoSteps>);
 
 __device__ __forceinline__ int between(int64_t low, int64_t value, int64_t high) {
@@ -118,10 +116,10 @@ __device__ __forceinline__ void write_mask(const BatchTile<Parameters>& tile) {
   }
 }
 
-template <class T, class Steps, int Interleaved, int Capacity>
+template <class T, class Steps, int Interleaved>
 __global__ void __launch_bounds__(kThreads)
-    crop_mirror_normalize_kernel(const BatchParameters<Steps, Capacity> __grid_constant__ p) {
-  const BatchTile<BatchParameters<Steps, Capacity>> tile(p);
+    crop_mirror_normalize_kernel(const BatchParameters<Steps> __grid_constant__ p) {
+  const BatchTile<BatchParameters<Steps>> tile(p);
   if (p.mask != nullptr) write_mask(tile);
   convert_tile<T, Steps, Interleaved, true>(tile, p.launch, p.steps, p.fill,
                                             static_cast<T*>(p.output));
@@ -144,10 +142,10 @@ bool rows_follow_on(const CropMirrorNormalizeArgs& args) {
 }
 
 // Some images and some channels of a call; the arguments are of these images.
-template <class T, class Steps, int Capacity>
+template <class T, class Steps>
 cudaError_t launch_part(const CropMirrorNormalizeArgs& args, int64_t first_channel,
                         int channel_count, cudaStream_t stream) {
-  BatchParameters<Steps, Capacity> p{};
+  BatchParameters<Steps> p{};
   p.output = static_cast<T*>(args.output) + first_channel * args.output_strides[1];
   p.mask = first_channel == 0 ? args.mask : nullptr;
   for (int d = 0; d < 4; ++d) p.output_strides[d] = args.output_strides[d];
@@ -192,25 +190,23 @@ cudaError_t launch_part(const CropMirrorNormalizeArgs& args, int64_t first_chann
     return launch(kernel, grid, dim3(kThreads), static_cast<size_t>(shared_bytes), stream, p);
   };
   if (args.output_strides[3] == 1 || p.width == 1) {
-    return start(crop_mirror_normalize_kernel<T, Steps, 0, Capacity>);
+    return start(crop_mirror_normalize_kernel<T, Steps, 0>);
   }
-  if (channel_count == 3) return start(crop_mirror_normalize_kernel<T, Steps, 3, Capacity>);
-  return start(crop_mirror_normalize_kernel<T, Steps, -1, Capacity>);
+  if (channel_count == 3) return start(crop_mirror_normalize_kernel<T, Steps, 3>);
+  return start(crop_mirror_normalize_kernel<T, Steps, -1>);
 }
 
 template <class T, class Steps>
 cudaError_t launch_steps(const CropMirrorNormalizeArgs& args, cudaStream_t stream) {
-  for (int64_t n = 0; n < args.sizes[0]; n += kManyImages) {
+  for (int64_t n = 0; n < args.sizes[0]; n += kMaxImages) {
     CropMirrorNormalizeArgs part = args;
     part.images += n;
-    part.sizes[0] = smaller(kManyImages, args.sizes[0] - n);
+    part.sizes[0] = smaller(kMaxImages, args.sizes[0] - n);
     part.output = static_cast<T*>(args.output) + n * args.output_strides[0];
     if (args.mask != nullptr) part.mask += n * args.sizes[2] * args.sizes[3];
     for (int64_t c = 0; c < args.sizes[1]; c += kMaxChannels) {
       const int count = smaller(kMaxChannels, args.sizes[1] - c);
-      const cudaError_t error = part.sizes[0] <= kFewImages
-                                    ? launch_part<T, Steps, kFewImages>(part, c, count, stream)
-                                    : launch_part<T, Steps, kManyImages>(part, c, count, stream);
+      const cudaError_t error = launch_part<T, Steps>(part, c, count, stream);
       if (error != cudaSuccess) return error;
     }
   }

@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kThreads) standardize_kernel(const Parameters 
     low[threadIdx.x] = constants.center_low;
     inverse_width[threadIdx.x] = constants.inverse_width;
   }
-  __syncthreads();
+  __syncthreads();  // The constants of the image are there.
 
   const uint8_t* image = p.images + n * p.image_strides[0];
   T* output = static_cast<T*>(p.output) + n * p.output_strides[0];

@@ -12,9 +12,17 @@
 #error "kernels promise exact results; fast-math would change them"
 #endif
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cmath>
+#include <cstring>
+#include <tuple>
+#include <type_traits>
+
 #include "emulator.h"
 #include "matrix_multiply.h"
-#include "system_headers.h"
 
 // --- Keywords ---
 

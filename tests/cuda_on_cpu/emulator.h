@@ -77,6 +77,10 @@ unsigned current_lane();
 
 [[noreturn]] void fail(SourceLocation where, const char* what);
 
+// Of the mistakes that a kernel was compiled with (toolchain.py), it makes the one of the number in
+// CUDA_ON_CPU_MISTAKE.
+bool has_mistake(int number);
+
 // --- For the race checker ---
 
 // The running thread and how far it has come.

@@ -386,7 +386,9 @@ void test_many_channels() {
 void test_many_images(const std::vector<int64_t>& counts) {
   Chance chance(4);
   for (const int64_t count : counts) {
-    check(made_up(chance, count, chance.from(1, 3), chance.from(2, 4), chance.from(3, 20)));
+    Case test = made_up(chance, count, chance.from(1, 3), chance.from(2, 4), chance.from(3, 20));
+    test.mask = true;
+    check(test);
   }
 }
 
@@ -502,7 +504,7 @@ int main(int argc, char** argv) {
     test_wide({1360, 1361, 2100, 5003}, {1, 3});
     test_wide({64, 224}, {64, 223});
     test_many_channels();
-    test_many_images({0, 1, 63, 64, 65, 130, 640, 641, 1300});
+    test_many_images({0, 1, 255, 256, 257, 600});
     test_whole_images();
     test_alignment();
     test_windows();
@@ -512,7 +514,7 @@ int main(int argc, char** argv) {
     test_values({3}, false);
     test_made_up(1);
     test_wide({2100}, {2});
-    test_many_images({65});
+    test_many_images({257});
   } else {
     std::fprintf(stderr, "usage: test_crop_mirror_normalize values|shapes|far|few\n");
     return 2;

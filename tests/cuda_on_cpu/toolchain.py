@@ -32,10 +32,10 @@ class Flavor:
     runtime: tuple[str, ...] = ()
 
 
-# Less optimization of the kernels than elsewhere: they are compiled with one mistake after another.
+# Less optimization of the kernels than elsewhere: to compile them takes longer than to run them.
 VALUES = Flavor("values", ("-O2",), kernel_flags=("-Og",))
 UCONTEXT = Flavor("ucontext", ("-O1", "-DCUDA_ON_CPU_UCONTEXT"))
-LIBRARY = Flavor("library", ("-O2", "-fPIC"), link_flags=("-shared",))
+LIBRARY = Flavor("library", ("-O2", "-fPIC"), kernel_flags=("-Og",), link_flags=("-shared",))
 # In these two the kernels alone are checked: it is they that are on trial, and the rest is fast.
 SANITIZED = Flavor(
     "sanitized",
@@ -61,29 +61,48 @@ RACE = Flavor(
 class Kernel:
     """A `.cu` file, or what becomes of it when some of its text is replaced.
 
-    A header whose text may be replaced too is named in `header`; it is pasted into the source.
+    Each text to replace stands in the source exactly once; line breaks do not matter. A header
+    whose text may be replaced too is named in `header`; it is pasted into the source.
     """
 
     path: Path
-    replacements: tuple[tuple[str, str], ...] = ()
     header: Path | None = None
+    replacements: tuple[tuple[str, str], ...] = ()
+    # Of these a program has one or none while it runs: that of the number (from 1) in
+    # CUDA_ON_CPU_MISTAKE. Each is an expression for another, or statements for others.
+    mistakes: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def is_changed(self) -> bool:
+        return bool(self.replacements or self.mistakes)
 
     def text(self) -> str:
         """The source; a text to replace that is not there exactly once is an error."""
         source = self.path.read_text()
         if self.header is not None:
             source = self._pasted(source, self.header)
-        for old, new in self.replacements:
-            # The formatter may break lines elsewhere tomorrow.
-            pattern = r"\s+".join(re.escape(word) for word in old.split())
-            found = re.findall(pattern, source)
-            if len(found) != 1:
-                raise ValueError(
-                    f"{self.path.name}: found {len(found)} times instead of once: {old}"
-                )
-            source = source.replace(found[0], new)
+        new_texts = {self._span(source, old): new for old, new in self.replacements}
+        choices: dict[tuple[int, int], list[tuple[int, str]]] = {}
+        for number, (old, new) in enumerate(self.mistakes, start=1):
+            choices.setdefault(self._span(source, old), []).append((number, new))
+        for (start, end), chosen in choices.items():
+            new_texts[start, end] = _one_of(source[start:end], chosen)
+        before = len(source)
+        for (start, end), new in sorted(new_texts.items(), reverse=True):
+            if end > before:
+                raise ValueError(f"{self.path.name}: overlaps what is replaced, too: {new}")
+            source = source[:start] + new + source[end:]
+            before = start
         # Messages name lines of the original file.
         return f'#line 1 "{self.path}"\n{source}'
+
+    def _span(self, source: str, text: str) -> tuple[int, int]:
+        # The formatter may break lines elsewhere tomorrow.
+        pattern = r"\s+".join(re.escape(word) for word in text.split())
+        found = [match.span() for match in re.finditer(pattern, source)]
+        if len(found) != 1:
+            raise ValueError(f"{self.path.name}: found {len(found)} times instead of once: {text}")
+        return found[0]
 
     def _pasted(self, source: str, header: Path) -> str:
         include = f'#include "{header.relative_to(CSRC)}"\n'
@@ -93,6 +112,27 @@ class Kernel:
         text = header.read_text().replace("#pragma once\n", "\n")
         line = (before + include).count("\n") + 1
         return f'{before}#line 1 "{header}"\n{text}\n#line {line} "{self.path}"\n{after}'
+
+
+def _one_of(old: str, mistakes: list[tuple[int, str]]) -> str:
+    """C++ that does one of several things, as the program is told when it starts."""
+
+    def on_one_line(text: str) -> str:
+        return " ".join(re.sub("//.*", "", text).split())
+
+    code = on_one_line(old)
+    conditions = [
+        (f"::cuda_on_cpu::has_mistake({number})", on_one_line(new)) for number, new in mistakes
+    ]
+    if code.endswith((";", "}")):
+        cases = "".join(f"if ({condition}) {{ {new} }} else " for condition, new in conditions)
+        result = f"{{ {cases}{{ {code} }} }}"
+    else:
+        cases = "".join(f"{condition} ? ({new}) : " for condition, new in conditions)
+        result = f"({cases}({code}))"
+    # Lines keep their numbers, and the end of a comment is still one.
+    comment = " //" if "//" in old.splitlines()[-1] else ""
+    return result + "\n" * old.count("\n") + comment
 
 
 @dataclass(frozen=True)
@@ -144,9 +184,9 @@ class Toolchain:
         self._executor = ThreadPoolExecutor(min(2, jobs()))  # each takes half a gigabyte
         self._objects: dict[str, Future[Path]] = {}
         self._compiler = os.environ.get("CXX", "g++")
-        self._language = ("-std=c++20", "-ffp-contract=off", "-isystem", str(cuda_include()))
         self._flags = (
-            *self._language,
+            *("-std=c++20", "-ffp-contract=off"),
+            *("-isystem", str(cuda_include())),
             # gcc 12 gives a `noinit` variable of a template another section type than it says.
             "-Wa,--no-warn",
             f"-I{CSRC}",
@@ -155,9 +195,9 @@ class Toolchain:
         version = subprocess.run(
             [self._compiler, "--version"], check=True, capture_output=True, text=True
         ).stdout
-        self._system = digest(version, importlib.metadata.version("nvidia-cuda-runtime"))
         self._state = digest(
-            self._system,
+            version,
+            importlib.metadata.version("nvidia-cuda-runtime"),
             *(path.read_text() for path in sorted([*CSRC.rglob("*.h"), *HERE.glob("*.h")])),
         )
 
@@ -187,7 +227,7 @@ class Toolchain:
     def _start_objects(self, program: Program) -> list[Future[Path]]:
         flavor = program.flavor
         kernel_flags = flavor.flags + flavor.kernel_flags
-        if program.kernel.replacements:
+        if program.kernel.is_changed:
             kernel_flags += flavor.changed_kernel_flags
         sources = (*program.sources, *EMULATOR, *flavor.runtime)
         return [
@@ -206,17 +246,6 @@ class Toolchain:
         text = source.text() if isinstance(source, Kernel) else source.read_text()
         command = [self._compiler, *self._flags, *flags, "-x", "c++", "-c"]
         key = digest(self._state, text, *command)
-        if isinstance(source, Kernel) and source.replacements:
-            # The kernel as it is has to include what it needs by itself.
-            command += ["-include", str(self._read_headers(flags))]
         # From standard input: a changed kernel is in no file.
         command += ["-"] if isinstance(source, Kernel) else [str(path)]
         return self._files.make(f"{path.stem}-{key}.o", command, text)
-
-    def _read_headers(self, flags: tuple[str, ...]) -> Path:
-        """The system's headers, as the compiler keeps what it has read."""
-        source = HERE / "system_headers.h"
-        command = [self._compiler, *self._language, *flags, "-x", "c++-header", str(source)]
-        name = f"{source.stem}-{digest(self._system, source.read_text(), *command)}.h"
-        # The compiler takes the file that ends in .gch when it is asked for the other.
-        return self._files.make(f"{name}.gch", command).with_suffix("")
