@@ -73,7 +73,7 @@ Tensor convolve_with_torch(const Call& call, const ChannelActivity& activity) {
   Tensor input = call.input;
   for (int64_t first = 0; first < images; first += step) {
     args.images = std::min(step, images - first);
-    Tensor slice = torch::stable::narrow(input, 0, first, args.images);
+    Tensor slice = whole ? input : torch::stable::narrow(input, 0, first, args.images);
     if (call.bytes()) slice = normalized(call, slice, static_cast<int64_t>(ElementType::float32));
     Tensor sums = convolution(call, slice, weight, bias);
     if (!lies_as(sums, call.channels_last)) {

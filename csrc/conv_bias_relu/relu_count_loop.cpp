@@ -11,8 +11,13 @@ namespace {
 // sum of theirs is right to 1e-5.
 constexpr int64_t kFloatSums = 64;
 
-// The convolution has just been written, but is more than the nearest caches hold.
+// The convolution has just been written, but is more than the nearest caches hold. So everything
+// goes from the end to the beginning: what was written last is in these caches still.
 constexpr uintptr_t kAheadBytes = 4096;
+
+inline void read_below(const void* at, int64_t bytes) {
+  read_ahead(reinterpret_cast<uintptr_t>(at) - kAheadBytes, bytes);
+}
 
 struct Result {
   int64_t active = 0;
@@ -33,36 +38,37 @@ int64_t count_nan(const Out* out, int64_t count, int64_t step) {
 // Neighbouring values of one channel.
 template <class In, class Out>
 Result relu_plane(const In* in, Out* out, int64_t count) {
+  constexpr int64_t kMost = kFloatSums * kLanes;
   Result result;
-  for (int64_t begin = 0; begin < count;) {
-    const int64_t left = count - begin, most = kFloatSums * kLanes;
-    const int64_t length = left < most ? left : most;
+  for (int64_t begin = (count - 1) / kMost * kMost; begin >= 0; begin -= kMost) {
+    const int64_t length = count - begin < kMost ? count - begin : kMost;
     Integers active{};
     Vector sum{};
-    int64_t i = begin;
-    for (; i + kLanes <= begin + length; i += kLanes) {
-      read_ahead(reinterpret_cast<uintptr_t>(in + i) + kAheadBytes,
-                 kLanes * static_cast<int64_t>(sizeof(In)));
-      const Vector y = round_as<Out>(relu(load_floats(in + i)));
-      active = count_positive(active, y);
-      sum += y;
-      store_exact(out + i, y);
-    }
-    if (i < begin + length) {
-      const int64_t rest = begin + length - i;
+    int64_t i = begin + length / kLanes * kLanes;
+    if (const int64_t rest = begin + length - i; rest > 0) {
       const Vector y = round_as<Out>(relu(load_floats(in + i, rest)));
       active = count_positive(active, y);
       sum += y;
       store_exact(out + i, y, rest);
     }
-    double total = 0.0;
-    for (int k = 0; k < kLanes; ++k) {
-      result.active += active[k];
-      total += static_cast<double>(sum[k]);
+    for (i -= kLanes; i >= begin; i -= kLanes) {
+      read_below(in + i, kLanes * static_cast<int64_t>(sizeof(In)));
+      const Vector y = round_as<Out>(relu(load_floats(in + i)));
+      active = count_positive(active, y);
+      sum += y;
+      store_exact(out + i, y);
     }
+    int32_t active_here = 0;
+    double sums[kLanes];
+    for (int k = 0; k < kLanes; ++k) active_here += active[k];
+    for (int k = 0; k < kLanes; ++k) sums[k] = static_cast<double>(sum[k]);
+    for (int half = kLanes / 2; half > 0; half /= 2) {  // pairs, which need not wait for each other
+      for (int k = 0; k < half; ++k) sums[k] += sums[k + half];
+    }
+    const double total = sums[0];
+    result.active += active_here;
     if (total != total) result.nan += count_nan(out + begin, length, 1);
     result.sum += total;
-    begin += length;
   }
   return result;
 }
@@ -74,62 +80,74 @@ struct Totals {
   double* sum;
 };
 
-// `vectors` of the channels of `pixels`, or the first `wanted` channels of one vector; pixels are
-// `step` apart. Lines that lie side by side are read together: the memory is the limit.
+// `vectors` of the channels of up to kFloatSums pixels, or the first `wanted` channels of one
+// vector; pixels are `step` apart. Lines that lie side by side are read together: the memory is the
+// limit.
 template <int vectors, bool whole, class In, class Out>
 void relu_vectors(const In* in, Out* out, int64_t pixels, int64_t step, int64_t wanted,
                   const Totals& totals) {
-  for (int64_t begin = 0; begin < pixels; begin += kFloatSums) {
-    const int64_t end = begin + kFloatSums < pixels ? begin + kFloatSums : pixels;
-    Integers active[vectors] = {};
-    Vector sum[vectors] = {};
-    for (int64_t p = begin; p < end; ++p) {
-      read_ahead(reinterpret_cast<uintptr_t>(in + p * step) + kAheadBytes,
-                 vectors * kLanes * static_cast<int64_t>(sizeof(In)));
-      for (int v = 0; v < vectors; ++v) {
-        const In* from = in + p * step + v * kLanes;
-        Out* to = out + p * step + v * kLanes;
-        const Vector x = whole ? load_floats(from) : load_floats(from, wanted);
-        const Vector y = round_as<Out>(relu(x));
-        active[v] = count_positive(active[v], y);
-        sum[v] += y;
-        if constexpr (whole) {
-          store_exact(to, y);
-        } else {
-          store_exact(to, y, wanted);
-        }
-      }
-    }
+  Integers active[vectors] = {};
+  Vector sum[vectors] = {};
+  for (int64_t p = pixels - 1; p >= 0; --p) {
+    read_below(in + p * step, vectors * kLanes * static_cast<int64_t>(sizeof(In)));
     for (int v = 0; v < vectors; ++v) {
-      for (int k = 0; k < kLanes && (whole || k < wanted); ++k) {
-        const int64_t c = v * kLanes + k;
-        const float value = sum[v][k];
-        totals.active[c] += active[v][k];
-        totals.sum[c] += static_cast<double>(value);
-        if (value != value) {  // the outputs, as the input may lie where they are now
-          totals.nan[c] += count_nan(out + begin * step + c, end - begin, step);
-        }
+      const In* from = in + p * step + v * kLanes;
+      Out* to = out + p * step + v * kLanes;
+      const Vector x = whole ? load_floats(from) : load_floats(from, wanted);
+      const Vector y = round_as<Out>(relu(x));
+      active[v] = count_positive(active[v], y);
+      sum[v] += y;
+      if constexpr (whole) {
+        store_exact(to, y);
+      } else {
+        store_exact(to, y, wanted);
       }
     }
+  }
+  const int64_t channels = whole ? vectors * kLanes : wanted;
+  float sums[vectors * kLanes];
+  int32_t counts[vectors * kLanes];
+  __builtin_memcpy(sums, sum, sizeof sums);
+  __builtin_memcpy(counts, active, sizeof counts);
+  int64_t* __restrict all_active = totals.active;
+  double* __restrict all_sums = totals.sum;
+  int32_t unordered = 0;
+  for (int64_t c = 0; c < channels; ++c) {
+    all_active[c] += counts[c];
+    all_sums[c] += static_cast<double>(sums[c]);
+    unordered += sums[c] != sums[c];
+  }
+  if (unordered == 0) return;
+  for (int64_t c = 0; c < channels; ++c) {
+    // Of the outputs, as the input may lie where they are now.
+    if (sums[c] != sums[c]) totals.nan[c] += count_nan(out + c, pixels, step);
   }
 }
 
 // `pixels` with their channels side by side.
 template <class In, class Out>
 void relu_pixels(const In* in, Out* out, int64_t pixels, int64_t channels, const Totals& totals) {
-  constexpr int kMost = 4;
-  for (int64_t c = 0; c < channels;) {
-    const Totals here{totals.active + c, totals.nan + c, totals.sum + c};
-    const int64_t left = channels - c;
-    if (left >= kMost * kLanes) {
-      relu_vectors<kMost, true>(in + c, out + c, pixels, channels, 0, here);
-      c += kMost * kLanes;
-    } else if (left >= kLanes) {
-      relu_vectors<1, true>(in + c, out + c, pixels, channels, 0, here);
-      c += kLanes;
-    } else {
-      relu_vectors<1, false>(in + c, out + c, pixels, channels, left, here);
-      c = channels;
+  constexpr int kMost = 8;
+  for (int64_t begin = (pixels - 1) / kFloatSums * kFloatSums; begin >= 0; begin -= kFloatSums) {
+    const int64_t some = pixels - begin < kFloatSums ? pixels - begin : kFloatSums;
+    for (int64_t c = 0; c < channels;) {
+      const Totals here{totals.active + c, totals.nan + c, totals.sum + c};
+      const In* from = in + begin * channels + c;
+      Out* to = out + begin * channels + c;
+      const int64_t left = channels - c;
+      if (left >= kMost * kLanes) {
+        relu_vectors<kMost, true>(from, to, some, channels, 0, here);
+        c += kMost * kLanes;
+      } else if (left >= kMost / 2 * kLanes) {
+        relu_vectors<kMost / 2, true>(from, to, some, channels, 0, here);
+        c += kMost / 2 * kLanes;
+      } else if (left >= kLanes) {
+        relu_vectors<1, true>(from, to, some, channels, 0, here);
+        c += kLanes;
+      } else {
+        relu_vectors<1, false>(from, to, some, channels, left, here);
+        c = channels;
+      }
     }
   }
 }
@@ -151,7 +169,6 @@ void run_items(const ReluCountJob& job, int64_t first, int64_t last) {
   const In* in = static_cast<const In*>(args.input);
   Out* out = static_cast<Out*>(args.output);
   const int64_t channels = args.channels;
-  // The last ones first: what was written last is in the nearest cache still.
   for (int64_t item = last - 1; item >= first; --item) {
     if (!args.channels_last) {
       const int64_t begin = item * args.pixels;
