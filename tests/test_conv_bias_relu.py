@@ -837,6 +837,31 @@ def test_black_is_nothing() -> None:
 
 
 @needs_amx
+@pytest.mark.parametrize("padding", [3, 9])
+def test_weights_in_the_padding_leave_nothing(padding: int) -> None:
+    """Where only taps of weight 0 lie inside the image an output is its bias, to the last bit."""
+    case = Case(3, 64, (7, 7), 2, padding, size=(37, 41))
+    weight, bias = case.weights(torch.float32)
+    assert bias is not None
+    images = random_bytes(1, *case.size, 3).permute(0, 3, 1, 2)
+    for rows, columns in ((slice(3, None), slice(None)), (slice(None), slice(0, 4))):
+        some = weight.clone()
+        some[:, :, rows, columns] = 0
+        inside = conv2d(
+            torch.ones(1, 1, *case.size), (some[:1] != 0).float()[:, :1], None, 2, padding
+        )
+        with _library.use_isa("amx"):
+            ours, _ = pixfuse.conv_bias_relu(
+                images, some, bias, *case.options(), normalization=pixfuse.IMAGENET
+            )
+        untouched = (inside == 0).expand_as(ours)
+        assert 0 < untouched.sum() < untouched.numel()
+        assert torch.equal(
+            ours[untouched], relu(bias)[None, :, None, None].expand_as(ours)[untouched]
+        )
+
+
+@needs_amx
 def test_small_and_large_weights_in_digits() -> None:
     """A channel has steps of its own; weights too small for steps go the direct way."""
     case = STEMS["resnet"]

@@ -214,19 +214,22 @@ int32_t conv_bias_relu_cpu(const ConvBiasReluArgs& args, ParallelFor parallel_fo
     }
   }
   job.tap_offsets = offsets.data();
-  const AlignedArray<float> weight(weight_floats), bias(padded);
+  const int64_t biases = digits.has_value() ? static_cast<int64_t>(digits->bias.size()) : padded;
+  const AlignedArray<float> weight(weight_floats), bias(biases);
   if (weight.get() == nullptr || bias.get() == nullptr) throw std::bad_alloc();
-  const float* added = args.bias;
   if (winograd.has_value()) {
     winograd->pack_weight(args, job.blocks, dead, weight.get());
   } else if (digits.has_value()) {
     digits->pack_weight(args, *bounds, dead, reinterpret_cast<int8_t*>(weight.get()));
-    added = digits->bias.data();
   } else {
     pack_weight(job, weight.get());
   }
-  for (int64_t o = 0; o < padded; ++o) {
-    bias.get()[o] = added != nullptr && o < outputs && !dead[o] ? added[o] : 0.0f;
+  for (int64_t i = 0; i < biases; ++i) {
+    if (digits.has_value()) {
+      bias.get()[i] = digits->bias[i];
+    } else {
+      bias.get()[i] = args.bias != nullptr && i < outputs && !dead[i] ? args.bias[i] : 0.0f;
+    }
   }
   job.weight = weight.get();
   job.bias = bias.get();

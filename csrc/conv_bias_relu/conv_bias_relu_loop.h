@@ -38,7 +38,7 @@ struct ConvBiasReluJob {
   const float* weight;           // [block][kernel row][tap][channel of the block], aligned
   const WinogradPlan* winograd;  // or null; with it, weights are packed as it says
   const DigitsPlan* digits;      // the same
-  const float* bias;             // [vectors * lanes], aligned
+  const float* bias;             // [vectors * lanes], aligned; several of these for digits
   bool past_caches;              // outputs are stored so
   bool interleaved_lines;        // lines hold pixels side by side; else one run for each channel
   int64_t line_pixels;           // as many as the kernel reaches, padding included

@@ -12,7 +12,7 @@ namespace pixfuse {
 namespace {
 
 constexpr int64_t kVector = 16;  // output channels side by side
-constexpr int64_t kChannels = kMostPixelBytes - 1;
+constexpr int64_t kChannels = kMostPixelBytes;
 constexpr int64_t kQuadBytes = 4;  // of a patch, that lie side by side for each output channel
 constexpr int64_t kTile = kStepBytes * kVector;
 
@@ -26,17 +26,15 @@ constexpr int64_t kLeastTaps = 48;
 // Pixels of a kernel whose products fit an int32.
 constexpr int64_t kMostPixels = 1 << 14;
 static_assert(int64_t{255} * 128 * kMostPixelBytes * kMostPixels <= INT32_MAX);
+// Biases: of so many output channels times parts of a kernel.
+constexpr int64_t kMostBiases = 1 << 22;
 // Rows of the output that are computed at once leave fewer tiles half empty. Their lines should
 // stay in the first-level cache; with more output channels than one pass over them is for, they and
 // their patches in the second-level cache.
 constexpr int64_t kNearBytes = 1 << 14, kFarBytes = 1 << 18;
 
-// normalized(x) = scale * (x - z) + offset.
-struct Line {
-  double scale, offset;
-};
-
-Line line_of(const ConvBiasReluArgs& args, int64_t c, double z) {
+// Of an input channel.
+Digits::Line line_of(const ConvBiasReluArgs& args, int64_t c, double z) {
   const ChannelConstants& channel = args.channels[c];
   if (args.arithmetic == Arithmetic::nearest) {
     return {channel.inverse_width,
@@ -53,10 +51,31 @@ bool black_is_zero(const ConvBiasReluArgs& args) {
   return true;
 }
 
-// Of the sums of weight * offset of the pixels of a kernel, the largest magnitude.
-double largest_offset_of(const ConvBiasReluArgs& args, int64_t output, const Line* lines) {
+// The parts of the kernel that outputs have inside the image, each once. They change from one
+// output to the next, if they do, by a tap more or less at either end: there are at most two for
+// each tap, and one.
+std::vector<Digits::Part> parts_of(const ConvBiasReluArgs& args, int d,
+                                   std::vector<int64_t>& part_of) {
+  const int64_t size = args.input_sizes[2 + d], dilation = args.dilation[d];
+  const auto taps_below = [&](int64_t pixels) {
+    return std::clamp((pixels + dilation - 1) / dilation, int64_t{0}, args.kernel[d]);
+  };
+  std::vector<Digits::Part> parts;
+  for (int64_t i = 0; i < args.output_sizes[2 + d]; ++i) {
+    const int64_t start = i * args.stride[d] - args.padding[d];
+    const Digits::Part part{start < 0 ? taps_below(-start) : 0,
+                            start < size ? taps_below(size - start) : 0};
+    if (parts.empty() || parts.back() != part) parts.push_back(part);
+    part_of.push_back(static_cast<int64_t>(parts.size()) - 1);
+  }
+  return parts;
+}
+
+// Sums of weight * offset over the channels, for each tap of one output channel.
+std::vector<double> offsets_of(const ConvBiasReluArgs& args, int64_t output,
+                               const Digits::Line* lines) {
   const int64_t* const strides = args.weight_strides;
-  double largest = 0.0;
+  std::vector<double> offsets;
   for (int64_t ky = 0; ky < args.kernel[0]; ++ky) {
     for (int64_t kx = 0; kx < args.kernel[1]; ++kx) {
       const float* weight = args.weight + output * strides[0] + ky * strides[2] + kx * strides[3];
@@ -64,10 +83,10 @@ double largest_offset_of(const ConvBiasReluArgs& args, int64_t output, const Lin
       for (int64_t c = 0; c < args.input_sizes[1]; ++c) {
         offset += double{weight[c * strides[1]]} * lines[c].offset;
       }
-      largest = std::max(largest, std::fabs(offset));
+      offsets.push_back(offset);
     }
   }
-  return largest;
+  return offsets;
 }
 
 // Of a number of steps, rounded: the lowest digit in the lowest byte. With 128 added to each digit
@@ -86,6 +105,8 @@ bool digits_suit(const ConvBiasReluArgs& args, const Bounds& bounds) {
       pixels > kMostPixels || !bounds.are_kept()) {
     return false;
   }
+  const int64_t most_parts = (2 * args.kernel[0] + 1) * (2 * args.kernel[1] + 1);
+  if (bounds.is_padded() && most_parts > kMostBiases / args.output_sizes[1]) return false;
   double least_scale = HUGE_VAL;
   for (int64_t c = 0; c < args.input_sizes[1]; ++c) {
     least_scale = std::min(least_scale, std::fabs(line_of(args, c, 0.0).scale));
@@ -103,8 +124,7 @@ bool digits_suit(const ConvBiasReluArgs& args, const Bounds& bounds) {
 Digits::Digits(const ConvBiasReluArgs& args, const Bounds& bounds, int64_t padded_outputs)
     : step(static_cast<size_t>(padded_outputs), 1.0f) {
   plan.is_signed = !black_is_zero(args);
-  plan.is_padded = bounds.is_padded();
-  plan.pixel_bytes = args.input_sizes[1] + (plan.is_padded ? 1 : 0);
+  plan.pixel_bytes = args.input_sizes[1];
   const auto steps = [&](int64_t row) {
     return (args.kernel[0] * row + kStepBytes - 1) / kStepBytes;
   };
@@ -114,6 +134,21 @@ Digits::Digits(const ConvBiasReluArgs& args, const Bounds& bounds, int64_t padde
   const auto apart = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(row_bytes)));
   plan.row_step = steps(apart) == plan.steps ? apart : row_bytes;
   plan.step = step.data();
+  if (bounds.is_padded() && plan.is_signed) {
+    row_parts = parts_of(args, 0, row_bias);
+    column_parts = parts_of(args, 1, column_bias);
+  } else {
+    // The offsets are those of a whole kernel, or none.
+    row_parts = {{0, args.kernel[0]}};
+    column_parts = {{0, args.kernel[1]}};
+    row_bias.resize(static_cast<size_t>(args.output_sizes[2]));
+    column_bias.resize(static_cast<size_t>(args.output_sizes[3]));
+  }
+  for (int64_t& at : column_bias) at *= padded_outputs;
+  for (int64_t& at : row_bias) at *= padded_outputs * static_cast<int64_t>(column_parts.size());
+  bias.resize(row_parts.size() * column_parts.size() * step.size());
+  plan.row_bias = row_bias.data();
+  plan.column_bias = column_bias.data();
 }
 
 void Digits::choose_rows(const ConvBiasReluArgs& args, bool in_blocks) {
@@ -134,6 +169,39 @@ void Digits::choose_rows(const ConvBiasReluArgs& args, bool in_blocks) {
   plan.scratch_floats = kDigitsSumFloats + whole_tiles * plan.patch_bytes() / 4;
 }
 
+// `offsets`: those of the whole kernel.
+void Digits::put_biases(const ConvBiasReluArgs& args, int64_t output, const Digits::Line* lines,
+                        double offsets) {
+  const double added = args.bias != nullptr ? double{args.bias[output]} : 0.0;
+  float* to = bias.data() + output;
+  if (bias.size() == step.size()) {
+    *to = static_cast<float>(added + offsets);
+    return;
+  }
+  // Only what is inside is added up, not a whole less the rest: nothing is 0 to the last bit.
+  const std::vector<double> offset = offsets_of(args, output, lines);
+  const int64_t rows = args.kernel[0], columns = args.kernel[1];
+  std::vector<double> of_row;  // [column part][kernel row]
+  for (const Part& x : column_parts) {
+    for (int64_t ky = 0; ky < rows; ++ky) {
+      double sum = 0.0;
+      for (int64_t kx = x.first; kx < x.last; ++kx)
+        sum += offset[static_cast<size_t>(ky * columns + kx)];
+      of_row.push_back(sum);
+    }
+  }
+  for (const Part& y : row_parts) {
+    for (size_t x = 0; x < column_parts.size(); ++x) {
+      double sum = added;
+      for (int64_t ky = y.first; ky < y.last; ++ky) {
+        sum += of_row[x * static_cast<size_t>(rows) + static_cast<size_t>(ky)];
+      }
+      *to = static_cast<float>(sum);
+      to += step.size();
+    }
+  }
+}
+
 void Digits::pack_weight(const ConvBiasReluArgs& args, const Bounds& bounds,
                          const std::vector<bool>& dead, int8_t* packed) {
   const int64_t outputs = args.output_sizes[1], channels = args.input_sizes[1];
@@ -147,35 +215,23 @@ void Digits::pack_weight(const ConvBiasReluArgs& args, const Bounds& bounds,
       offsets += sums[c].sum() * lines[c].offset;
       most = std::max(most, sums[c].largest * lines[c].scale);
     }
-    if (plan.is_padded) {
-      most = std::max(most, largest_offset_of(args, o, lines) / kInside);
-      offsets = 0.0;
-    }
-    bias.push_back(
-        static_cast<float>((args.bias != nullptr ? double{args.bias[o]} : 0.0) + offsets));
+    if (!dead[o]) put_biases(args, o, lines, offsets);
     if (most > 0.0) {
       step[o] = std::nextafter(static_cast<float>(most / kMostSteps), HUGE_VALF);
     }
   }
-  // What each byte of a patch is multiplied with: weights[offset + c * strides[1]] * factors[c],
-  // summed up over the channels [first, last).
+  // What each byte of a patch is multiplied with: weights[offset] * scale.
   struct Byte {
-    int64_t offset, first, last;
-    double factors[kChannels];
+    int64_t offset;
+    double scale;
   };
-  std::vector<Byte> bytes(static_cast<size_t>(plan.patch_bytes()));  // else of no channel
+  std::vector<Byte> bytes(static_cast<size_t>(plan.patch_bytes()));  // else nothing
   for (int64_t ky = 0; ky < args.kernel[0]; ++ky) {
     size_t at = static_cast<size_t>(ky * plan.row_step);
     for (int64_t kx = 0; kx < args.kernel[1]; ++kx) {
-      const int64_t offset = ky * strides[2] + kx * strides[3];
       for (int64_t c = 0; c < channels; ++c) {
-        bytes[at] = {offset, c, c + 1, {}};
-        bytes[at++].factors[c] = lines[c].scale;
+        bytes[at++] = {c * strides[1] + ky * strides[2] + kx * strides[3], lines[c].scale};
       }
-      if (!plan.is_padded) continue;
-      bytes[at] = {offset, 0, channels, {}};
-      for (int64_t c = 0; c < channels; ++c) bytes[at].factors[c] = lines[c].offset / kInside;
-      ++at;
     }
   }
   // A row of a tile at a time: neighbouring output channels, at four bytes of a patch.
@@ -189,13 +245,9 @@ void Digits::pack_weight(const ConvBiasReluArgs& args, const Bounds& bounds,
       uint32_t of_byte[kQuadBytes][kVector];
       for (int64_t i = 0; i < kQuadBytes; ++i) {
         const Byte& byte = bytes[quad * kQuadBytes + i];
+        const float* const weight = weights + byte.offset;
         double factors[kVector] = {};
-        for (int64_t c = byte.first; c < byte.last; ++c) {
-          const float* const weight = weights + byte.offset + c * strides[1];
-          for (int64_t o = 0; o < count; ++o) {
-            factors[o] += weight[o * strides[0]] * byte.factors[c];
-          }
-        }
+        for (int64_t o = 0; o < count; ++o) factors[o] = weight[o * strides[0]] * byte.scale;
         for (int64_t o = 0; o < kVector; ++o) of_byte[i][o] = digits_of(factors[o] * per_step[o]);
       }
       for (int64_t digit = 0; digit < kDigits; ++digit) {

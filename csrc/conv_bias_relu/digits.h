@@ -9,11 +9,10 @@
 //   weight * scale = step * (65536 d2 + 256 d1 + d0),
 //   output = relu(step * (65536 sum d2 x + 256 sum d1 x + sum d0 x) + offsets + bias).
 //
-// A pixel has a byte for each of its channels, of up to three; and where the kernel reaches into
-// the padding one more, that is kInside inside the image and 0 in the padding. Its weight, the sum
-// of weight * offset / kInside, adds the offsets up, and leaves the padding zero after the
-// normalization. Without padding the offsets are one constant of an output channel, and part of its
-// bias.
+// A pixel has a byte for each of its channels, of up to three; that of the padding, which is zero
+// after the normalization, is 0 and adds nothing. The offsets are constants of an output channel
+// and of the part of the kernel that lies inside the image: they are added to the bias, of which
+// there is one for each such part.
 //
 // z is 0 where that is zero after the normalization too: then black is exactly nothing. Else it is
 // 128, as most normalizations have their zero there, and signed bytes hold what remains.
@@ -26,8 +25,7 @@
 namespace pixfuse {
 
 constexpr int64_t kDigits = 3;
-constexpr int64_t kInside = 127;
-constexpr int64_t kMostPixelBytes = 4;
+constexpr int64_t kMostPixelBytes = 3;
 
 // Bytes of one row of a left operand of matrix_tiles.h.
 constexpr int64_t kStepBytes = 64;
@@ -37,11 +35,13 @@ constexpr int64_t kStepBytes = 64;
 // [vector of 16 output channels][digit][step], as matrix_tiles.h has the right operand.
 struct DigitsPlan {
   bool is_signed;       // z is 128
-  bool is_padded;       // a pixel has the byte of its own for that
-  int64_t pixel_bytes;  // [channels, kInside]
+  int64_t pixel_bytes;  // one for each channel
   int64_t row_step;     // bytes of a patch from one row of the kernel to the next
   int64_t steps;
-  const float* step;       // [vectors * 16 output channels]
+  const float* step;  // [vectors * 16 output channels]
+  // Of an output row and of an output column: the biases of an output pixel, of all output
+  // channels, are at the sum of the two in the job's `bias`.
+  const int64_t *row_bias, *column_bias;
   bool is_gathered_once;   // all patches of the rows that are computed at once, for all blocks
   int64_t scratch_floats;  // sums, and those patches, or as many as there are sums for
 

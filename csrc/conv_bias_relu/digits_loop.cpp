@@ -50,39 +50,36 @@ struct Planes {
   }
 };
 
-template <int pixel_bytes, class Pixels>
+template <class Pixels>
 void fill_threes(const Pixels& pixels, const uint8_t* in, int64_t count, uint8_t sign,
                  uint8_t* out) {
-  const int32_t inside = pixel_bytes == 4 ? static_cast<int32_t>(kInside) << 24 : 0;
-  const __m512i rest = _mm512_set1_epi32(inside | sign * 0x010101);
+  const __m512i signs = _mm512_set1_epi32(sign * 0x010101);
   const __m512i threes =
       _mm512_broadcast_i32x4(_mm_set_epi8(-1, -1, -1, -1, 14, 13, 12, 10, 9, 8, 6, 5, 4, 2, 1, 0));
   const __m512i order = _mm512_set_epi32(0, 0, 0, 0, 14, 13, 12, 10, 9, 8, 6, 5, 4, 2, 1, 0);
   for (int64_t i = 0; i < count; i += 16) {
     const int64_t here = count - i < 16 ? count - i : 16;
-    __m512i four = _mm512_xor_si512(pixels.load(in + i * pixels.pixel_step, here), rest);
-    if (pixel_bytes == 3) four = _mm512_permutexvar_epi32(order, _mm512_shuffle_epi8(four, threes));
-    const auto mine = ~uint64_t{0} >> (64 - here * pixel_bytes);
-    _mm512_mask_storeu_epi8(out + i * pixel_bytes, mine, four);
+    const __m512i four = _mm512_xor_si512(pixels.load(in + i * pixels.pixel_step, here), signs);
+    const auto mine = ~uint64_t{0} >> (64 - here * 3);
+    _mm512_mask_storeu_epi8(out + i * 3, mine,
+                            _mm512_permutexvar_epi32(order, _mm512_shuffle_epi8(four, threes)));
   }
 }
 
-// The byte of each channel, less 128 in two's complement if `sign` is 0x80, and kInside if a pixel
-// has a byte more.
-template <int channels, int pixel_bytes>
+// The byte of each channel, less 128 in two's complement if `sign` is 0x80.
+template <int channels>
 void fill_bytes(const uint8_t* in, int64_t channel_step, int64_t pixel_step, int64_t count,
                 uint8_t sign, uint8_t* out) {
   if (channels == 3 && pixel_step == 1) {
-    return fill_threes<pixel_bytes>(Planes{channel_step}, in, count, sign, out);
+    return fill_threes(Planes{channel_step}, in, count, sign, out);
   }
   if (channels == 3 && channel_step == 1 && (pixel_step == 3 || pixel_step == 4)) {
-    return fill_threes<pixel_bytes>(Interleaved(pixel_step), in, count, sign, out);
+    return fill_threes(Interleaved(pixel_step), in, count, sign, out);
   }
   for (int64_t i = 0; i < count; ++i) {
     for (int c = 0; c < channels; ++c) {
-      out[i * pixel_bytes + c] = in[i * pixel_step + c * channel_step] ^ sign;
+      out[i * channels + c] = in[i * pixel_step + c * channel_step] ^ sign;
     }
-    if (pixel_bytes > channels) out[i * pixel_bytes + channels] = kInside;
   }
 }
 
@@ -90,11 +87,7 @@ template <int channels>
 void fill_bytes(const ConvBiasReluJob& job, const uint8_t* in, int64_t count, uint8_t* out) {
   const int64_t* const strides = job.args.input_strides;
   const uint8_t sign = job.digits->is_signed ? 0x80 : 0;
-  if (job.digits->is_padded) {
-    fill_bytes<channels, channels + 1>(in, strides[1], strides[3], count, sign, out);
-  } else {
-    fill_bytes<channels, channels>(in, strides[1], strides[3], count, sign, out);
-  }
+  fill_bytes<channels>(in, strides[1], strides[3], count, sign, out);
 }
 
 void fill_line(const ConvBiasReluJob& job, int64_t n, int64_t row, float* line) {
@@ -220,20 +213,22 @@ inline Vector sum_at(const int32_t* sums) {
   return __builtin_convertvector(whole, Vector);
 }
 
-// From the sums of some pixels and a vector of channels to the output and its counts.
+// From the sums of some pixels and a vector of channels to the output and its counts. `biases`:
+// where those of each pixel are.
 template <class T>
 void put_out(const ConvBiasReluJob& job, const RowBlock& row, int64_t vector, const int32_t* sums,
-             int64_t pixels, T* out) {
+             const int64_t* biases, int64_t pixels, T* out) {
   const ConvBiasReluArgs& args = job.args;
   const int64_t channel_step = args.output_strides[1], pixel_step = args.output_strides[3];
   const int64_t channel = row.channel + vector * kLanes;
   const int64_t channels = args.output_sizes[1] - channel;
   const bool straight = channel_step == 1 && channels >= kLanes;
-  const Vector step = load(job.digits->step + channel), bias = load(job.bias + channel);
+  const Vector step = load(job.digits->step + channel);
+  const float* const bias = job.bias + channel;
   const Vector middle = step * 256.0f, high = step * 65536.0f;
   Counts counts;
   for (int64_t p = 0; p < pixels; ++p) {
-    Vector y = multiply_add(sum_at(sums), step, bias);
+    Vector y = multiply_add(sum_at(sums), step, load(bias + biases[p]));
     y = multiply_add(sum_at(sums + kColumnSums), middle, y);
     y = multiply_add(sum_at(sums + 2 * kColumnSums), high, y);
     y = round_as<T>(relu(y));
@@ -270,11 +265,21 @@ void prefetch_planes(const T* out, int64_t channels, int64_t plane, int64_t pixe
   }
 }
 
-// One block of channels of up to 32 pixels.
+// One block of channels of up to 32 pixels, from the pixel `begin` on.
 template <class T, bool is_signed>
 void run_group(const ConvBiasReluJob& job, const RowBlock& row, const uint8_t* patches,
-               int64_t pixels, int32_t* sums, T* out) {
+               int64_t begin, int64_t pixels, int32_t* sums, T* out) {
   const DigitsPlan& plan = *job.digits;
+  const int64_t width = job.args.output_sizes[3];
+  int64_t biases[kDigitsPixels];
+  int64_t y = row.first_row + begin / width, x = begin % width;
+  for (int64_t p = 0; p < pixels; ++p) {
+    biases[p] = plan.row_bias[y] + plan.column_bias[x];
+    if (++x == width) {
+      x = 0;
+      ++y;
+    }
+  }
   const int64_t channel_step = job.args.output_strides[1];
   const auto* const weight = reinterpret_cast<const int8_t*>(job.weight) +
                              row.channel / kLanes * kDigits * plan.steps * kTileBytes;
@@ -293,7 +298,7 @@ void run_group(const ConvBiasReluJob& job, const RowBlock& row, const uint8_t* p
                          : sum_up<is_signed, 1>(plan, patches, tiles, factors, to);
     for (; finished < complete; ++finished) {
       put_out<T>(job, row, finished, sums + finished * kDigits % kDigitsColumns * kColumnSums,
-                 pixels, out + finished * kLanes * channel_step);
+                 biases, pixels, out + finished * kLanes * channel_step);
     }
   }
 }
@@ -313,7 +318,7 @@ void run_block(const ConvBiasReluJob& job, const RowBlock& row, float* scratch) 
     if (!plan.is_gathered_once) gather(job, row, begin, end, patches);
     run_group<T, is_signed>(job, row,
                             patches + (plan.is_gathered_once ? begin * plan.patch_bytes() : 0),
-                            end - begin, sums, out + begin * job.args.output_strides[3]);
+                            begin, end - begin, sums, out + begin * job.args.output_strides[3]);
   }
 }
 

@@ -12,10 +12,21 @@ namespace pixfuse {
 bool digits_suit(const ConvBiasReluArgs& args, const Bounds& bounds);
 
 struct Digits {
-  DigitsPlan plan{};        // points into `step`
-  int64_t rows_at_once;     // of the output
-  std::vector<float> step;  // of each output channel
-  std::vector<float> bias;  // with the offsets where there is no padding
+  // normalized(x) = scale * (x - z) + offset.
+  struct Line {
+    double scale, offset;
+  };
+  // The taps of a kernel that lie inside the image, along one dimension.
+  struct Part {
+    int64_t first, last;
+    bool operator==(const Part&) const = default;
+  };
+
+  DigitsPlan plan{};                           // points into `step`
+  int64_t rows_at_once;                        // of the output
+  std::vector<float> step;                     // of each output channel
+  std::vector<int64_t> row_bias, column_bias;  // of each output row, and of each output column
+  std::vector<float> bias;  // [part of the kernel][padded outputs], with the offsets
 
   Digits(const ConvBiasReluArgs& args, const Bounds& bounds, int64_t padded_outputs);
   Digits(const Digits&) = delete;
@@ -24,9 +35,14 @@ struct Digits {
   // For all output channels at once, or one block of them after the other.
   void choose_rows(const ConvBiasReluArgs& args, bool in_blocks);
   int64_t weight_bytes_per_output() const { return plan.patch_bytes() * kDigits; }
-  // As digits.h has it; zeros for a dead channel.
+  // As digits.h has it, and the biases; zeros for a dead channel.
   void pack_weight(const ConvBiasReluArgs& args, const Bounds& bounds,
                    const std::vector<bool>& dead, int8_t* packed);
+
+ private:
+  void put_biases(const ConvBiasReluArgs& args, int64_t output, const Line* lines, double offsets);
+
+  std::vector<Part> row_parts, column_parts;
 };
 
 }  // namespace pixfuse
