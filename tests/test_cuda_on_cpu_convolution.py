@@ -51,7 +51,7 @@ def test_values(builds: Toolchain, program: Program, what: str, order: str) -> N
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(("program", "what"), cases(SANITIZED), ids=str)
 def test_sanitized(builds: Toolchain, program: Program, what: str, order: str) -> None:
-    assert_passes(run(builds.build(program), what, order=order, share=share_of(order)))
+    assert_passes(run(builds.build(program), what, order=order))
 
 
 @pytest.mark.parametrize("order", ORDERS)
