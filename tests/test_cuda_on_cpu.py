@@ -39,6 +39,7 @@ from tests.cuda_on_cpu.toolchain import (
     Kernel,
     Program,
     Toolchain,
+    program_of,
 )
 from tests.images import LAYOUTS, all_values
 from tests.normalizations import (
@@ -61,11 +62,6 @@ NORMALIZE = Kernel(CSRC / "normalize" / "normalize_cuda.cu", header=TILE)
 CROP_MIRROR_NORMALIZE = Kernel(
     CSRC / "crop_mirror_normalize" / "crop_mirror_normalize_cuda.cu", header=TILE
 )
-
-
-def program_of(kernel: Kernel, flavor: Flavor) -> Program:
-    """A kernel of the product with the program that tests it."""
-    return Program(kernel, (f"test_{kernel.path.stem.removesuffix('_cuda')}.cpp",), flavor)
 
 
 def samples(flavor: Flavor) -> Program:
@@ -460,21 +456,6 @@ PLANTED = (
 )
 
 
-SEARCHES = searches(PLANTED, program_of)
-
-
-@pytest.mark.parametrize("program", together(SEARCHES), ids=str)
-def test_nothing_is_found_in_normalize_without_a_mistake(
-    builds: Toolchain, program: Program
-) -> None:
-    assert_passes(run(builds.build(program), "few"))
-
-
-@pytest.mark.parametrize("search", SEARCHES, ids=str)
-def test_mistake_in_normalize_is_found(builds: Toolchain, search: Search) -> None:
-    assert_is_found(builds, search)
-
-
 def test_shares_are_all_cases(builds: Toolchain) -> None:
     program = builds.build(normalize(VALUES))
 
@@ -731,18 +712,16 @@ PLANTED_IN_CROP_MIRROR_NORMALIZE = (
 )
 
 
-SEARCHES_IN_CROP_MIRROR_NORMALIZE = searches(PLANTED_IN_CROP_MIRROR_NORMALIZE, program_of)
+SEARCHES = searches([*PLANTED, *PLANTED_IN_CROP_MIRROR_NORMALIZE])
 
 
-@pytest.mark.parametrize("program", together(SEARCHES_IN_CROP_MIRROR_NORMALIZE), ids=str)
-def test_nothing_is_found_in_crop_mirror_normalize_without_a_mistake(
-    builds: Toolchain, program: Program
-) -> None:
+@pytest.mark.parametrize("program", together(SEARCHES), ids=str)
+def test_nothing_is_found_without_a_mistake(builds: Toolchain, program: Program) -> None:
     assert_passes(run(builds.build(program), "few"))
 
 
-@pytest.mark.parametrize("search", SEARCHES_IN_CROP_MIRROR_NORMALIZE, ids=str)
-def test_mistake_in_crop_mirror_normalize_is_found(builds: Toolchain, search: Search) -> None:
+@pytest.mark.parametrize("search", SEARCHES, ids=str)
+def test_mistakes_are_found(builds: Toolchain, search: Search) -> None:
     assert_is_found(builds, search)
 
 

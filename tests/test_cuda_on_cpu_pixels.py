@@ -18,6 +18,7 @@ from tests.cuda_on_cpu.toolchain import (
     Kernel,
     Program,
     Toolchain,
+    program_of,
 )
 from tests.test_cuda_on_cpu import (
     ORDERS,
@@ -25,7 +26,6 @@ from tests.test_cuda_on_cpu import (
     WRONG_VALUE,
     assert_is_found,
     assert_passes,
-    program_of,
     run,
     share_of,
 )
@@ -773,7 +773,7 @@ PLANTED = (
 )
 
 
-SEARCHES = searches(PLANTED, program_of)
+SEARCHES = searches(PLANTED)
 
 
 @pytest.mark.parametrize("program", together(SEARCHES), ids=str)

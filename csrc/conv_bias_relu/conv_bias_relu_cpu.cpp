@@ -193,8 +193,8 @@ int32_t conv_bias_relu_cpu(const ConvBiasReluArgs& args, ParallelFor parallel_fo
     weights_per_output = job.winograd->weights_per_output;
   } else if (digits.has_value()) {
     job.digits = &digits->plan;
-    job.line_floats = round_up(job.line_pixels * job.digits->pixel_bytes, 64) /
-                      static_cast<int64_t>(sizeof(float));
+    job.line_floats =
+        round_up(job.line_pixels * channels, 64) / static_cast<int64_t>(sizeof(float));
     weights_per_output = digits->weight_bytes_per_output() / static_cast<int64_t>(sizeof(float));
   }
   const int64_t padded = vectors * loops.lanes;

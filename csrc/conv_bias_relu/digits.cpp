@@ -124,11 +124,10 @@ bool digits_suit(const ConvBiasReluArgs& args, const Bounds& bounds) {
 Digits::Digits(const ConvBiasReluArgs& args, const Bounds& bounds, int64_t padded_outputs)
     : step(static_cast<size_t>(padded_outputs), 1.0f) {
   plan.is_signed = !black_is_zero(args);
-  plan.pixel_bytes = args.input_sizes[1];
   const auto steps = [&](int64_t row) {
     return (args.kernel[0] * row + kStepBytes - 1) / kStepBytes;
   };
-  const int64_t row_bytes = args.kernel[1] * plan.pixel_bytes;
+  const int64_t row_bytes = args.kernel[1] * args.input_sizes[1];
   plan.steps = steps(row_bytes);
   // Rows that no end of a line of the caches divides are stored faster.
   const auto apart = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(row_bytes)));
@@ -153,8 +152,8 @@ Digits::Digits(const ConvBiasReluArgs& args, const Bounds& bounds, int64_t padde
 
 void Digits::choose_rows(const ConvBiasReluArgs& args, bool in_blocks) {
   const int64_t width = args.output_sizes[3], most = in_blocks ? kFarBytes : kNearBytes;
-  const int64_t line_bytes = plan.pixel_bytes * ((width - 1) * args.stride[1] +
-                                                 (args.kernel[1] - 1) * args.dilation[1] + 1);
+  const int64_t line_bytes = args.input_sizes[1] * ((width - 1) * args.stride[1] +
+                                                    (args.kernel[1] - 1) * args.dilation[1] + 1);
   const auto lines = [&] {
     return (rows_at_once - 1) * args.stride[0] + (args.kernel[0] - 1) * args.dilation[0] + 1;
   };

@@ -34,9 +34,8 @@ constexpr int64_t kStepBytes = 64;
 // a patch, that is a row of the left operands, one step after the other. The tiles of weights are
 // [vector of 16 output channels][digit][step], as matrix_tiles.h has the right operand.
 struct DigitsPlan {
-  bool is_signed;       // z is 128
-  int64_t pixel_bytes;  // one for each channel
-  int64_t row_step;     // bytes of a patch from one row of the kernel to the next
+  bool is_signed;    // z is 128
+  int64_t row_step;  // bytes of a patch from one row of the kernel to the next
   int64_t steps;
   const float* step;  // [vectors * 16 output channels]
   // Of an output row and of an output column: the biases of an output pixel, of all output

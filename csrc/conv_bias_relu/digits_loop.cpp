@@ -98,7 +98,7 @@ void fill_line(const ConvBiasReluJob& job, int64_t n, int64_t row, float* line) 
   if (count <= 0) return;
   const uint8_t* const in = static_cast<const uint8_t*>(args.input) + n * args.input_strides[0] +
                             row * args.input_strides[2];
-  uint8_t* const out = reinterpret_cast<uint8_t*>(line) + left * job.digits->pixel_bytes;
+  uint8_t* const out = reinterpret_cast<uint8_t*>(line) + left * args.input_sizes[1];
   switch (args.input_sizes[1]) {
     case 1:
       return fill_bytes<1>(job, in, count, out);
@@ -142,7 +142,7 @@ void gather(const ConvBiasReluJob& job, const RowBlock& row, int64_t begin, int6
   const int64_t width = args.output_sizes[3], patch_bytes = plan.patch_bytes();
   // A row of a kernel with gaps comes pixel by pixel.
   const int64_t pieces = args.dilation[1] > 1 ? args.kernel[1] : 1;
-  const int64_t bytes = args.kernel[1] / pieces * plan.pixel_bytes;
+  const int64_t bytes = args.kernel[1] / pieces * args.input_sizes[1];
   for (int64_t pixel = begin; pixel < end;) {
     const int64_t y = pixel / width, x = pixel % width;
     const int64_t count = end - pixel < width - x ? end - pixel : width - x;
@@ -150,8 +150,8 @@ void gather(const ConvBiasReluJob& job, const RowBlock& row, int64_t begin, int6
       const auto* const line = reinterpret_cast<const uint8_t*>(row.lines[y * args.kernel[0] + ky]);
       for (int64_t piece = 0; piece < pieces; ++piece) {
         const int64_t from = x * args.stride[1] + piece * args.dilation[1];
-        copy_rows(line + from * plan.pixel_bytes, args.stride[1] * plan.pixel_bytes, count, bytes,
-                  patches + ky * plan.row_step + piece * bytes, patch_bytes);
+        copy_rows(line + from * args.input_sizes[1], args.stride[1] * args.input_sizes[1], count,
+                  bytes, patches + ky * plan.row_step + piece * bytes, patch_bytes);
       }
     }
     patches += count * patch_bytes;

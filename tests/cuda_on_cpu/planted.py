@@ -1,9 +1,9 @@
 """Mistakes planted in kernels: many compiled into one program, which makes one at a time."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from tests.cuda_on_cpu.toolchain import Flavor, Kernel, Program
+from tests.cuda_on_cpu.toolchain import Flavor, Kernel, Program, program_of
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Planted:
     flavor: Flavor
     run: str  # what the test program is asked to do
     found_as: str  # what it says then
-    # A constant or a type cannot be chosen while a program runs.
+    # A constant or a type cannot be chosen while a program runs, nor texts that overlap.
     has_own_program: bool = False
 
     def __str__(self) -> str:
@@ -36,22 +36,20 @@ class Search:
         return str(self.planted)
 
 
-def searches(
-    mistakes: Sequence[Planted], program: Callable[[Kernel, Flavor], Program]
-) -> list[Search]:
+def searches(mistakes: Sequence[Planted]) -> list[Search]:
     """One run for each mistake, with one program for all of a kernel that a flavor is to find."""
     found = []
     groups: dict[tuple[Kernel, Flavor], list[Planted]] = {}
     for planted in mistakes:
         if planted.has_own_program:
             kernel = replace(planted.kernel, replacements=((planted.old, planted.new),))
-            found.append(Search(planted, program(kernel, planted.flavor), 0))
+            found.append(Search(planted, program_of(kernel, planted.flavor), 0))
         else:
             groups.setdefault((planted.kernel, planted.flavor), []).append(planted)
     for (kernel, flavor), group in groups.items():
         changed = replace(kernel, mistakes=tuple((planted.old, planted.new) for planted in group))
         for number, planted in enumerate(group, start=1):
-            found.append(Search(planted, program(changed, flavor), number))
+            found.append(Search(planted, program_of(changed, flavor), number))
     return found
 
 

@@ -147,6 +147,11 @@ class Program:
         return f"{self.kernel.path.stem}-{self.flavor.name}"
 
 
+def program_of(kernel: Kernel, flavor: Flavor) -> Program:
+    """A kernel of the product with the program that tests it."""
+    return Program(kernel, (f"test_{kernel.path.stem.removesuffix('_cuda')}.cpp",), flavor)
+
+
 def programs_of(item: pytest.Item) -> Iterator[Program]:
     """What a test will ask for: parameters of it and of its fixtures, or a `program` of these."""
     for parameter in item.callspec.params.values() if hasattr(item, "callspec") else ():
