@@ -407,7 +407,7 @@ def run_stats(run: Run, *, quick: bool) -> dict[str, Any]:
         )
         if workers > 0:
             alone = [one.seconds_per_image for one in found[1]]
-            rows[-1]["speedup_over_one"] = _quartiles(np.divide(alone, each))
+            rows[-1]["speedup_over_one"] = harness.quartiles(np.divide(alone, each))
     return {
         "images": count,
         "input": f"JPEG files of {JPEG_SIDE}x{JPEG_SIDE}, cut from photographs, quality 90",
@@ -417,11 +417,7 @@ def run_stats(run: Run, *, quick: bool) -> dict[str, Any]:
 
 
 def _microseconds(seconds: Sequence[float]) -> list[float]:
-    return _quartiles(1e6 * np.asarray(seconds))
-
-
-def _quartiles(values: Any) -> list[float]:
-    return [float(f"{q:.4g}") for q in np.quantile(values, (0.25, 0.5, 0.75))]
+    return harness.quartiles(1e6 * np.asarray(seconds))
 
 
 # ---- claims --------------------------------------------------------------------------------------

@@ -219,11 +219,13 @@ class Timing:
         return float(np.median(self.samples_seconds)) * 1e6
 
     def quartiles_us(self) -> list[float]:
-        """25 %, 50 % and 75 %, with as many digits as mean something."""
-        return [
-            float(f"{1e6 * quantile:.4g}")
-            for quantile in np.quantile(self.samples_seconds, (0.25, 0.5, 0.75))
-        ]
+        """Of one call, in microseconds."""
+        return quartiles(1e6 * np.asarray(self.samples_seconds))
+
+
+def quartiles(values: Any) -> list[float]:
+    """25 %, 50 % and 75 %, with as many digits as mean something."""
+    return [float(f"{quantile:.4g}") for quantile in np.quantile(values, (0.25, 0.5, 0.75))]
 
 
 def measure(contestants: Sequence[Checked], plan: Plan = Plan(), seed: int = 0) -> list[Timing]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
@@ -174,6 +175,34 @@ def test_files_that_were_counted_wrong_are_not_timed(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(bench_pixels, "expected_counts", one_more)
     assert "rows" not in bench_pixels.run_stats(run, quick=True)
     assert run.problems == ["pixfuse stats, 0 workers: counts differ from numpy's"]
+
+
+def test_workers_are_compared_within_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A phase of the machine that is over before the round is must not pass for a speedup."""
+    rounds = [{0: 1.0, 1: 2.0, 2: 1.0}, {0: 1.0, 1: 3.0, 2: 3.0}, {0: 1.0, 1: 8.0, 2: 4.0}] * 5
+    taken = (dict(one) for one in rounds)
+    current: dict[int, float] = {}
+    counts = torch.zeros(3, 256, dtype=torch.int64)
+
+    def count_folder(folder: Path, workers: int) -> bench_pixels.Counted:
+        if not current:
+            current.update(next(taken))
+        outcome = SimpleNamespace(
+            statistics=SimpleNamespace(counts=counts),
+            decode_seconds=3.0,
+            count_seconds=1.0,
+            seconds=5.0,
+        )
+        return bench_pixels.Counted(outcome, current.pop(workers), 0.0)
+
+    monkeypatch.setattr(bench_pixels, "write_jpegs", lambda folder, count, side: [])
+    monkeypatch.setattr(bench_pixels, "expected_counts", lambda paths: counts)
+    monkeypatch.setattr(bench_pixels, "count_folder", count_folder)
+    stats = bench_pixels.run_stats(bench_pixels.Run(), quick=False)
+    assert next(taken, None) is None
+    share, speedup = bench_pixels.claims([], stats)[-2:]
+    assert share["value"] == 0.6  # of the whole run, as there are no workers
+    assert speedup["value"] == 2.0  # and not 1.0, of the median times
 
 
 def test_the_dead_units_of_the_demo_are_dead() -> None:
