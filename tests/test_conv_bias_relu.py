@@ -526,6 +526,102 @@ def test_autocast() -> None:
     check_activity(ours, activity)
 
 
+# --- more channels than images have, directly ---
+
+# Float32 with the channels of a pixel side by side, on AVX-512: 1x1 and 3x3.
+MANY_DIRECTLY = {
+    "5 channels": Case(5, 17, (3, 3), 1, 1, size=(19, 56)),
+    "8 to 16": Case(8, 16, (3, 3), 2, 1, size=(41, 61)),
+    "64 to 64": Case(64, 64, (3, 3), 1, 1, size=(15, 57)),
+    "64 to 100, large steps": Case(64, 100, (3, 3), (2, 3), (2, 1), size=(41, 100)),
+    "1x1": Case(256, 256, (1, 1), 1, 0, size=(33, 16)),
+    "1x1, large steps": Case(576, 40, (1, 1), (1, 2), (1, 0), 2, size=(33, 34)),
+    "more weights than the cache holds": Case(64, 128, (3, 3), 1, 1, size=(41, 14)),
+    "no bias": Case(13, 20, (3, 3), 1, "same", size=(20, 40), bias=False),
+    "more padding than input": Case(8, 32, (3, 3), 1, 16, size=(2, 2)),
+    **{
+        f"{outputs} outputs, {width} wide": Case(16, outputs, (3, 3), 1, 1, size=(height, width))
+        for outputs in (32, 48, 64)  # 2, 3 and 4 vectors: tiles of 14, 8 and 7
+        for width in (1, 6, 7, 8, 9, 13, 14, 15, 55, 113)
+        for height in (-(-512 // width),)
+    },
+}
+MANY_BY_TORCH = {
+    "too many weights": Case(65, 64, (3, 3), 1, 1, size=(32, 32)),
+    "too many for one vector": Case(15, 16, (3, 3), 1, 1, size=(32, 32)),
+    "groups": Case(16, 64, (3, 3), 1, 1, 1, 2, size=(32, 32)),
+    "another kernel": Case(16, 64, (3, 2), 1, 1, size=(32, 32)),
+    "dilated": Case(16, 64, (3, 3), 1, 2, (1, 2), size=(32, 32)),
+    "a small result": Case(16, 64, (3, 3), 1, 1, size=(31, 16)),
+}
+
+
+def goes_by_torch(case: Case, input: torch.Tensor, memory_format: torch.memory_format) -> bool:
+    weight, bias = case.weights(input.dtype)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        pixfuse.conv_bias_relu(input, weight, bias, *case.options(), memory_format=memory_format)
+    return "aten::convolution" in {event.name for event in profile.events()}
+
+
+def many_channels(case: Case, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    input = torch.randn(case.images, case.channels, *case.size, dtype=dtype)
+    return input.contiguous(memory_format=torch.channels_last)
+
+
+def test_who_goes_directly(isa: str) -> None:
+    directly = isa in ("avx512", "amx")
+    for case in MANY_DIRECTLY.values():
+        assert goes_by_torch(case, many_channels(case), torch.channels_last) is not directly
+    for case in MANY_BY_TORCH.values():
+        assert goes_by_torch(case, many_channels(case), torch.channels_last)
+    case = MANY_DIRECTLY["64 to 64"]
+    assert goes_by_torch(case, many_channels(case), torch.contiguous_format)
+    assert goes_by_torch(case, many_channels(case).contiguous(), torch.channels_last)
+    for dtype in (torch.bfloat16, torch.float64):
+        assert goes_by_torch(case, many_channels(case, dtype), torch.channels_last)
+
+
+@pytest.mark.parametrize("name", MANY_DIRECTLY)
+def test_many_channels_directly(name: str, isa: str) -> None:
+    case = MANY_DIRECTLY[name]
+    input = many_channels(case)
+    check(case, input, DTYPES[:1], isas=(isa,), memory_format=torch.channels_last)
+    input[0, case.channels - 1, case.size[0] // 2, case.size[1] // 2] = math.nan
+    weight, bias = case.weights(torch.float32)
+    output, activity = pixfuse.conv_bias_relu(input, weight, bias, *case.options())
+    exact = relu(conv2d(input.double(), weight.double(), None, *case.options()))
+    assert torch.equal(output.isnan(), exact.isnan())
+    check_activity(output, activity)
+
+
+def test_many_channels_directly_are_as_accurate_as_torch(isa: str) -> None:
+    for name, case in MANY_DIRECTLY.items():
+        if name == "more padding than input":
+            continue  # a handful of sums: the largest error of so few is chance
+        weight, bias = case.weights(torch.float32)
+        input = many_channels(case).abs()  # sums that grow: where the order of adding tells
+        call = (weight, bias, *case.options())
+        exact = pixfuse.reference.conv_bias_relu(input, *call, dtype=torch.float64)[0]
+        ours = (pixfuse.conv_bias_relu(input, *call)[0] - exact).abs()
+        theirs = (relu(conv2d(input, *call)) - exact).abs()
+        assert ours.max() <= 2 * theirs.max()
+        assert ours.pow(2).mean() <= (1.5**2) * theirs.pow(2).mean()
+
+
+def test_large_batches_of_many_channels(isa: str) -> None:
+    """Whole, or in slices: of outputs, or of inputs that are larger than the outputs."""
+    for case in (
+        Case(8, 80, (1, 1), size=(96, 97), images=7),  # 21 MB to 3 MB a slice
+        Case(80, 8, (1, 1), size=(96, 97), images=7),
+        Case(40, 40, (3, 3), 1, 1, size=(150, 151), images=1),
+    ):
+        for memory_format in FORMATS:
+            for dtype in (torch.float32, torch.bfloat16):
+                input = torch.randn(case.images, case.channels, *case.size).to(dtype)
+                input = input.contiguous(memory_format=memory_format)
+                check(case, input, (dtype,), isas=(isa,), memory_format=memory_format)
+
+
 # --- fewer multiplications ---
 
 # What goes through Winograd's algorithm, and what stays direct: with the reason.

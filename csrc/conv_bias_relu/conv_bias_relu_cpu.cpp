@@ -180,12 +180,11 @@ int32_t conv_bias_relu_cpu(const ConvBiasReluArgs& args, ParallelFor parallel_fo
   job.past_caches = args.past_caches && args.output_type == ElementType::float32 &&
                     (pixels_are_lines || runs_are_lines) &&
                     reinterpret_cast<uintptr_t>(args.output) % kLineBytes == 0;
-  job.taps_per_row = args.kernel[1] * channels;
   job.interleaved_lines =
       channels > 1 && args.input_strides[1] == 1 && args.input_strides[3] == channels;
   job.line_pixels = (width - 1) * args.stride[1] + (args.kernel[1] - 1) * args.dilation[1] + 1;
   job.line_floats = round_up(job.line_pixels * channels, 16);
-  int64_t weights_per_output = args.kernel[0] * job.taps_per_row;
+  int64_t weights_per_output = args.kernel[0] * args.kernel[1] * channels;
   if (winograd.has_value()) {
     job.winograd = &winograd->plan;
     job.line_pixels = winograd->line_pixels;
@@ -206,14 +205,11 @@ int32_t conv_bias_relu_cpu(const ConvBiasReluArgs& args, ParallelFor parallel_fo
   job.items_per_image = (height + kItemRows - 1) / kItemRows;
   if (args.input_type == ElementType::uint8) fill_cycle(job);
 
-  std::vector<int64_t> offsets;
-  for (int64_t kx = 0; kx < args.kernel[1]; ++kx) {
-    for (int64_t c = 0; c < channels; ++c) {
-      const int64_t pixel = kx * args.dilation[1];
-      offsets.push_back(job.interleaved_lines ? pixel * channels + c : c * job.line_pixels + pixel);
-    }
+  job.tap_runs = {args.kernel[1], args.dilation[1], channels, job.line_pixels};
+  if (job.interleaved_lines) {
+    job.tap_runs = {args.kernel[1], args.dilation[1] * channels, channels, 1};
+    if (args.dilation[1] == 1) job.tap_runs = {1, 0, args.kernel[1] * channels, 1};
   }
-  job.tap_offsets = offsets.data();
   const int64_t biases = digits.has_value() ? static_cast<int64_t>(digits->bias.size()) : padded;
   const AlignedArray<float> weight(weight_floats), bias(biases);
   if (weight.get() == nullptr || bias.get() == nullptr) throw std::bad_alloc();

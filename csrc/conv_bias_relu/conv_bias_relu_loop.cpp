@@ -4,6 +4,7 @@
 // value of a line is broadcast, and multiplied with the weights of its tap. A tile of floats is
 // finished there too, ReLU, counts and order included; what is rounded to 16 bits, or fills no
 // vector, is staged for that.
+#include "common/read_ahead.h"
 #include "conv_bias_relu/lines.h"
 #include "conv_bias_relu/rows.h"
 #include "conv_bias_relu/stage.h"
@@ -13,7 +14,11 @@ namespace {
 
 // --- tiles ---
 
-#if defined(__AVX512F__) || defined(__ARM_NEON)
+// As many pixels as there are registers for, or one more: rows of 56, 28 and 14 pixels, which
+// images of 224 leave, are whole tiles then, and that is worth a sum in memory.
+#if defined(__AVX512F__)
+constexpr int kTilePixels[kMaxVectors] = {14, 14, 8, 7};
+#elif defined(__ARM_NEON)
 constexpr int kTilePixels[kMaxVectors] = {12, 12, 8, 6};
 #else
 constexpr int kTilePixels[kMaxVectors] = {10, 6};
@@ -26,19 +31,27 @@ constexpr bool kSquareTiles = true;
 #else
 constexpr bool kSquareTiles = false;
 #endif
-constexpr int kMostTilePixels = kLanes > 12 ? kLanes : 12;
+constexpr int kMostTilePixels = kLanes > 14 ? kLanes : 14;
+
+// Pixels that are computed in one go where they need no stage: whole tiles of the most vectors, and
+// so few that a sum of theirs in float32 is right to 1e-5.
+constexpr int64_t kRowPixels = 8 * kTilePixels[kMaxVectors - 1];
+
+// How far ahead weights are asked for: those of many channels come from the second-level cache.
+constexpr int64_t kTapsAhead = 16;
 
 // A tile's place: the lines its kernel reads, at the tile's first pixel.
 struct Tile {
   const float* const* lines;  // [kernel rows]
   int64_t line_start;         // floats
   int64_t kernel_rows;
-  int64_t taps;
-  const int64_t* tap_offsets;
+  TapRuns runs;
   int64_t pixel_step;  // floats from one output pixel's taps to the next one's
   const float* weight;
   const float* bias;
-  bool past_caches;  // where the place is pixels
+  bool past_caches;          // where the place is pixels
+  uintptr_t next_input;      // what lines are filled with next: of this, the tile's share
+  int64_t next_input_bytes;  // for each of its pixels
   Counts* counts;
 };
 
@@ -70,25 +83,37 @@ void run_tile(const Tile& tile, float* out, int64_t step) {
     unrolled<pixels>(
         [&](auto q) __attribute__((always_inline)) { sums[q.value * vectors + v.value] = bias; });
   });
+  constexpr int64_t kTapBytes = vectors * kLanes * sizeof(float);
   const float* weight = tile.weight;
-  const int64_t taps = tile.taps, pixel_step = tile.pixel_step;
-  const int64_t* const offsets = tile.tap_offsets;
+  const int64_t pixel_step = tile.pixel_step;
+  const TapRuns runs = tile.runs;
+  uintptr_t next_input = tile.next_input;
+  const int64_t next_bytes = pixels * tile.next_input_bytes / tile.kernel_rows;
   for (int64_t row = 0; row < tile.kernel_rows; ++row) {
-    const float* const line = tile.lines[row] + tile.line_start;
-    for (int64_t t = 0; t < taps; ++t) {
-      Vector w[vectors];
-      unrolled<vectors>([&](auto v) __attribute__((always_inline)) {
-        w[v.value] = load(weight + v.value * kLanes);
-      });
-      weight += vectors * kLanes;
-      const float* const at = line + offsets[t];
+    read_ahead(next_input, next_bytes);
+    next_input += static_cast<uintptr_t>(next_bytes);
+    const float* run = tile.lines[row] + tile.line_start;
+    for (int64_t r = 0; r < runs.count; ++r, run += runs.step) {
+      const float* first[pixels];
       unrolled<pixels>([&](auto q) __attribute__((always_inline)) {
-        const Vector value = broadcast(at[q.value * pixel_step]);
-        unrolled<vectors>([&](auto v) __attribute__((always_inline)) {
-          Vector& sum = sums[q.value * vectors + v.value];
-          sum = multiply_add(value, w[v.value], sum);
-        });
+        first[q.value] = run + q.value * pixel_step;
       });
+      int64_t offset = 0;
+      for (int64_t left = runs.taps; left > 0; --left, offset += runs.tap_step) {
+        Vector w[vectors];
+        unrolled<vectors>([&](auto v) __attribute__((always_inline)) {
+          w[v.value] = load(weight + v.value * kLanes);
+        });
+        read_ahead(reinterpret_cast<uintptr_t>(weight) + kTapsAhead * kTapBytes, kTapBytes);
+        weight += vectors * kLanes;
+        unrolled<pixels>([&](auto q) __attribute__((always_inline)) {
+          const Vector value = broadcast(first[q.value][offset]);
+          unrolled<vectors>([&](auto v) __attribute__((always_inline)) {
+            Vector& sum = sums[q.value * vectors + v.value];
+            sum = multiply_add(value, w[v.value], sum);
+          });
+        });
+      }
     }
   }
   if constexpr (place == Place::stage) {
@@ -168,13 +193,14 @@ constexpr TileTable kTiles = all_tiles<place>();
 
 // --- rows ---
 
-// Up to kStagePixels neighbouring pixels of a block of channels, tile by tile, into `out`.
+// Some neighbouring pixels of a block of channels, tile by tile, into `out`.
 template <Place place, int vectors>
 void run_tiles(Tile tile, int64_t pixels, float* out, int64_t step) {
   for (int64_t left = pixels; left > 0;) {
     const int64_t width = tile_pixels<place>(vectors, left);
     kTiles<place>.of[vectors - 1][width - 1](tile, out, step);
     tile.line_start += width * tile.pixel_step;
+    tile.next_input += static_cast<uintptr_t>(width * tile.next_input_bytes);
     out += width * (place == Place::planes ? 1 : step);
     left -= width;
   }
@@ -189,15 +215,18 @@ void run_row(const ConvBiasReluJob& job, const Tile& row_tile, int64_t channels,
   const int64_t channel_step = args.output_strides[1];
   const bool whole = channels >= vectors * kLanes;
   Tile tile = row_tile;
-  for (int64_t begin = 0; begin < width; begin += kStagePixels) {
-    const int64_t pixels = width - begin < kStagePixels ? width - begin : kStagePixels;
+  const bool pixels_are_stored = __is_same(T, float) && whole && channel_step == 1;
+  const int64_t most = pixels_are_stored ? kRowPixels : kStagePixels;
+  for (int64_t begin = 0; begin < width; begin += most) {
+    const int64_t pixels = width - begin < most ? width - begin : most;
     Counts counts;
     tile.counts = &counts;
     tile.line_start = begin * tile.pixel_step;
+    tile.next_input = row_tile.next_input + static_cast<uintptr_t>(begin * tile.next_input_bytes);
     T* const to = out + begin * pixel_step;
     bool done = false;
     if constexpr (__is_same(T, float)) {
-      if (whole && channel_step == 1) {
+      if (pixels_are_stored) {
         run_tiles<Place::pixels, vectors>(tile, pixels, to, pixel_step);
         done = true;
       } else if constexpr (kSquareTiles && vectors == 1) {
@@ -234,19 +263,35 @@ void run_row(int64_t wanted_vectors, const ConvBiasReluJob& job, const Tile& til
 template <class T>
 void run_items(const ConvBiasReluJob& job, int64_t first, int64_t last, const Scratch& scratch) {
   const ConvBiasReluArgs& args = job.args;
-  const int64_t kernel_rows = args.kernel[0], taps = kernel_rows * job.taps_per_row;
+  const int64_t kernel_rows = args.kernel[0];
+  const int64_t taps = kernel_rows * args.kernel[1] * args.input_sizes[1];
   const int64_t pixel_step = args.stride[1] * (job.interleaved_lines ? args.input_sizes[1] : 1);
   const auto fill = [&](int64_t n, int64_t row, float* line) { fill_line(job, n, row, line); };
+  // While a row of outputs is computed, those rows of input are read ahead that the next fill
+  // brings into lines: past the end of an image, rows of the next one.
+  const int64_t bytes = element_bytes(args.input_type);
+  const int64_t next_row = (job.rows_at_once - 1) * args.stride[0] - args.padding[0] +
+                           (kernel_rows - 1) * args.dilation[0] + 1;
+  const auto next_input = [&](const RowBlock& row) {
+    const int64_t input_row = row.first_row * args.stride[0] + next_row;
+    return reinterpret_cast<uintptr_t>(args.input) +
+           static_cast<uintptr_t>(
+               bytes * (row.image * args.input_strides[0] + input_row * args.input_strides[2]));
+  };
+  const int64_t next_bytes =
+      job.interleaved_lines ? bytes * args.stride[0] * args.input_strides[2] / args.output_sizes[3]
+                            : 0;
   const auto run_block = [&](const RowBlock& row) {
     const Tile tile{row.lines,
                     0,
                     kernel_rows,
-                    job.taps_per_row,
-                    job.tap_offsets,
+                    job.tap_runs,
                     pixel_step,
                     job.weight + row.channel * taps,
                     job.bias + row.channel,
                     job.past_caches,
+                    next_input(row),
+                    row.channel == 0 ? next_bytes : 0,
                     nullptr};
     T* out = static_cast<T*>(args.output) + row.output_offset;
     run_row<T>(row.vectors, job, tile, args.output_sizes[1] - row.channel, row.totals, out,

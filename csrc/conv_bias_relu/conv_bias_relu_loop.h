@@ -6,8 +6,8 @@
 
 namespace pixfuse {
 
-// The widest input that goes through the direct convolution: lanes are output channels, so it needs
-// no more input channels than an image has to be fast.
+// The most input channels that always go through the direct convolution: lanes are output channels,
+// so it needs no more of them than an image has to be fast. Of bytes there may be no more.
 constexpr int64_t kMaxDirectChannels = 4;
 
 // Results of this many output rows of an image are counted apart and then added in order, so that
@@ -29,12 +29,18 @@ struct ChannelBlocks {
   }
 };
 
+// Where the taps of a kernel row are in a line, in floats from a pixel's first one: the runs `step`
+// apart, and the taps of a run `tap_step`.
+struct TapRuns {
+  int64_t count, step;
+  int64_t taps, tap_step;
+};
+
 // What all threads share.
 struct ConvBiasReluJob {
   ConvBiasReluArgs args;
   ChannelBlocks blocks;
-  int64_t taps_per_row;          // kernel width times channels
-  const int64_t* tap_offsets;    // [taps_per_row] floats from a pixel to its taps in a line
+  TapRuns tap_runs;
   const float* weight;           // [block][kernel row][tap][channel of the block], aligned
   const WinogradPlan* winograd;  // or null; with it, weights are packed as it says
   const DigitsPlan* digits;      // the same

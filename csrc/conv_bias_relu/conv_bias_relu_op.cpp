@@ -1,7 +1,7 @@
 // The operator on CPU tensors: schema, checks, allocation; hands plain pointers down.
 //
-// Few input channels go through the direct convolution. The others go through torch's own one, and
-// the last pass over its result while that is in a cache.
+// Few input channels go through the direct convolution, and more where that is measured faster. The
+// others go through torch's own one, and the last pass over its result while that is in a cache.
 #include "common/cpu_output.h"
 #include "conv_bias_relu/conv_bias_relu_args.h"
 #include "conv_bias_relu/conv_bias_relu_loop.h"
@@ -12,14 +12,35 @@ namespace {
 using Call = ConvBiasReluCall;
 constexpr const char* kName = kConvBiasRelu;
 
-// An output of up to this many bytes is torch's own, with the last pass in place: it is still in a
+// An output of up to so many bytes is torch's own, with the last pass in place: it is still in a
 // cache then. A larger one is recycled memory, as fresh memory costs more than a copy, and torch's
 // convolution goes in slices of the batch: of a cache's size, as each costs some 0.1 ms.
-constexpr int64_t kWholeBytes = int64_t{16} << 20;
-constexpr int64_t kSliceBytes = int64_t{8} << 20;
+//
+// For a contiguous output oneDNN copies input and output, to have blocks of channels side by side.
+// There both count, and slices spare the fresh memory of these copies.
+struct BatchBytes {
+  int64_t whole, slice;
+};
+constexpr BatchBytes kChannelsLast{int64_t{16} << 20, int64_t{8} << 20};
+constexpr BatchBytes kContiguous{int64_t{12} << 20, int64_t{4} << 20};
 
 int64_t bytes_per_output(const Call& call) {
   return call.dtype == kFloat64 ? 8 : element_bytes(static_cast<ElementType>(call.dtype));
+}
+
+int64_t image_elements(const int64_t (&sizes)[4]) { return sizes[1] * sizes[2] * sizes[3]; }
+
+// How many images torch's convolution takes at a time.
+int64_t images_per_slice(const Call& call) {
+  const int64_t images = call.output_sizes[0], output = image_elements(call.output_sizes);
+  const int64_t input = image_elements(call.view.sizes);
+  const int64_t elements =
+      std::max<int64_t>(1, call.channels_last ? output : std::max(input, output));
+  const int64_t image_bytes = elements * bytes_per_output(call);
+  const BatchBytes& most = call.channels_last ? kChannelsLast : kContiguous;
+  // Bytes are normalized first, to memory of their own.
+  if (images * image_bytes <= most.whole && !call.bytes()) return images;
+  return std::max<int64_t>(1, most.slice / image_bytes);
 }
 
 Tensor empty_output(const Call& call) {
@@ -28,7 +49,32 @@ Tensor empty_output(const Call& call) {
   return empty_cpu_output(4, call.output_sizes, call.output_strides, type, bytes_per_output(call));
 }
 
-// --- few input channels ---
+// --- directly ---
+
+// The one rule of who goes this way: images; and of more channels those where torch's convolution
+// and the last pass over it are measured slower, and are no closer to the sum. That is on AVX-512,
+// of float32 with the channels of a pixel side by side, up to a number of weights per output. (With
+// so few outputs that one vector holds them, values are loaded as often as they are multiplied.)
+// Other kernels than these, and small results, oneDNN sums up in parts, and errs by half as much.
+bool goes_directly(const Call& call) {
+  constexpr int64_t kMostWeights = 576, kMostWeightsOfOneVector = 128, kVectorOutputs = 16;
+  constexpr int64_t kFewestPositions = 1024;
+  if (call.groups != 1 || call.dtype == kFloat64) return false;
+  const int64_t channels = call.view.sizes[1], outputs = call.output_sizes[1];
+  if (channels <= kMaxDirectChannels) return true;
+  const Isa isa = active_isa();
+  if (isa != Isa::avx512 && isa != Isa::amx) return false;
+  if (call.bytes() || call.dtype != static_cast<int64_t>(ElementType::float32)) return false;
+  const auto& strides = call.view.strides;
+  if (!call.channels_last || strides[1] != 1 || strides[3] != channels) return false;
+  const int64_t side = call.weight.size(2);
+  if ((side != 1 && side != 3) || call.weight.size(3) != side) return false;
+  if (side != 1 && (call.dilation[0] != 1 || call.dilation[1] != 1)) return false;
+  const auto& sizes = call.output_sizes;
+  if (sizes[0] * sizes[2] * sizes[3] < kFewestPositions) return false;
+  const int64_t weights = channels * side * side;
+  return weights <= (outputs > kVectorOutputs ? kMostWeights : kMostWeightsOfOneVector);
+}
 
 Tensor convolve_directly(const Call& call, const ChannelActivity& activity) {
   Tensor output = empty_output(call);
@@ -47,12 +93,11 @@ Tensor convolve_directly(const Call& call, const ChannelActivity& activity) {
   return output;
 }
 
-// --- many ---
+// --- by torch ---
 
 Tensor convolve_with_torch(const Call& call, const ChannelActivity& activity) {
   const int64_t images = call.output_sizes[0];
-  const int64_t image_elements = call.output_sizes[1] * call.output_sizes[2] * call.output_sizes[3];
-  const int64_t bytes = bytes_per_output(call);
+  const int64_t image_bytes = image_elements(call.output_sizes) * bytes_per_output(call);
   const Tensor weight = call.bytes() ? to_float32(call.weight) : call.weight;
   std::optional<Tensor> bias = call.bias;
   if (call.bytes() && bias.has_value()) bias = to_float32(*bias);
@@ -65,9 +110,8 @@ Tensor convolve_with_torch(const Call& call, const ChannelActivity& activity) {
   args.pixels = call.output_sizes[2] * call.output_sizes[3];
   args.channels_last = call.channels_last;
   args.activity = activity;
-  const bool whole = images * image_elements * bytes <= kWholeBytes && !call.bytes();
-  const int64_t step =
-      whole ? images : std::max<int64_t>(1, kSliceBytes / (image_elements * bytes));
+  const int64_t step = images_per_slice(call);
+  const bool whole = step == images && !call.bytes();
   std::optional<Tensor> output;
   if (!whole || images == 0) output = empty_output(call);
   Tensor input = call.input;
@@ -83,7 +127,7 @@ Tensor convolve_with_torch(const Call& call, const ChannelActivity& activity) {
     }
     if (whole) output = sums;
     args.input = sums.const_data_ptr();
-    args.output = static_cast<char*>(output->mutable_data_ptr()) + first * image_elements * bytes;
+    args.output = static_cast<char*>(output->mutable_data_ptr()) + first * image_bytes;
     check(relu_count_cpu(args, torch_parallel_for) == 0, kName, "torch's threads to run the loop");
   }
   return *output;
@@ -109,9 +153,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_bias_relu(
   std::fill(numbers, numbers + 3 * outputs, 0);
   std::fill(sum, sum + outputs, 0.0);
   const ChannelActivity activity{numbers, numbers + outputs, numbers + 2 * outputs, sum};
-  const bool direct = groups == 1 && call.view.sizes[1] <= kMaxDirectChannels && dtype != kFloat64;
   const Tensor output =
-      direct ? convolve_directly(call, activity) : convolve_with_torch(call, activity);
+      goes_directly(call) ? convolve_directly(call, activity) : convolve_with_torch(call, activity);
   return {output, counts, sums};
 }
 

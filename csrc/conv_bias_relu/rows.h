@@ -8,6 +8,7 @@ namespace {
 
 // One block of channels of one output row, or of a few.
 struct RowBlock {
+  int64_t image;
   int64_t first_row;  // of the output
   int64_t rows;
   const float* const* lines;  // [rows][kernel rows]
@@ -73,6 +74,7 @@ void run_rows(const ConvBiasReluJob& job, int64_t first, int64_t last, const Scr
         const int64_t channel = vector * kLanes;
         for (int64_t y = row; y < row_end; y += most_rows) {
           run_block(RowBlock{
+              n,
               y,
               row_end - y < most_rows ? row_end - y : most_rows,
               scratch.wanted + (y - row) * kernel_rows,
