@@ -611,9 +611,10 @@ def test_many_channels_directly_are_as_accurate_as_torch(isa: str) -> None:
 def test_large_batches_of_many_channels(isa: str) -> None:
     """Whole, or in slices: of outputs, or of inputs that are larger than the outputs."""
     for case in (
-        Case(8, 80, (1, 1), size=(96, 97), images=7),  # 21 MB to 3 MB a slice
-        Case(80, 8, (1, 1), size=(96, 97), images=7),
-        Case(40, 40, (3, 3), 1, 1, size=(150, 151), images=1),
+        Case(8, 80, (1, 1), size=(96, 97), images=9),  # 27 MB to 3 MB a slice
+        Case(80, 8, (1, 1), size=(96, 97), images=9),
+        Case(40, 80, (3, 3), 1, 1, (1, 1), 2, size=(270, 271), images=1),
+        Case(600, 40, (1, 1), size=(96, 96), images=4),
     ):
         for memory_format in FORMATS:
             for dtype in (torch.float32, torch.bfloat16):

@@ -61,6 +61,7 @@ struct ReluCountArgs {
   ElementType input_type, output_type;  // unless is_float64
   int64_t images, channels, pixels;
   bool channels_last;
+  bool past_caches;  // CPU: floats that fill whole lines of the caches are stored past them
   ChannelActivity activity;
 };
 

@@ -22,6 +22,8 @@ constexpr int64_t kGrainElements = 32768;
 // used for several rows before the next block of channels comes.
 constexpr int64_t kCachedWeightFloats = 1 << 16;
 
+constexpr int64_t kLineBytes = 64, kLineFloats = kLineBytes / sizeof(float);  // of the caches
+
 struct Loops {
   int64_t lanes;
   int64_t (*max_vectors)(bool planes_of_floats);
@@ -171,7 +173,6 @@ int32_t conv_bias_relu_cpu(const ConvBiasReluArgs& args, ParallelFor parallel_fo
   // A line of the caches that is stored past them in part takes longer than through them. So all
   // lines are whole, and those of planes, which the direct way does not store so, whole vectors of
   // the pixels that are computed at once.
-  constexpr int64_t kLineBytes = 64, kLineFloats = kLineBytes / sizeof(float);
   const bool pixels_are_lines = args.output_strides[1] == 1 && outputs % kLineFloats == 0;
   const int64_t run = digits.has_value() ? digits->rows_at_once * width : width;
   const bool runs_are_lines = !direct && loops.lanes == kLineFloats && outputs % loops.lanes == 0 &&
@@ -274,6 +275,11 @@ int32_t relu_count_cpu(const ReluCountArgs& args, ParallelFor parallel_for) {
   if (args.images == 0 || args.channels == 0 || args.pixels == 0) return 0;
   ReluCountJob job{};
   job.args = args;
+  // Lines that are stored past the caches in part would take longer.
+  const int64_t row_floats = args.channels_last ? args.channels : args.pixels;
+  job.past_caches = args.past_caches && !args.is_float64 &&
+                    args.output_type == ElementType::float32 && row_floats % kLineFloats == 0 &&
+                    reinterpret_cast<uintptr_t>(args.output) % kLineBytes == 0;
   job.runs_per_image = (args.pixels + kRunPixels - 1) / kRunPixels;
   const int64_t items = args.images * (args.channels_last ? job.runs_per_image : args.channels);
   ItemActivity activity(args.channels_last ? items * args.channels : items);

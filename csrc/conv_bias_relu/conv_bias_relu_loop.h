@@ -84,6 +84,7 @@ struct Scratch {
 // kRunPixels pixels of a channels-last one; it has one number in each array, or one per channel.
 struct ReluCountJob {
   ReluCountArgs args;
+  bool past_caches;        // outputs are stored so
   int64_t runs_per_image;  // of a channels-last output
   int64_t* item_active;
   int64_t* item_nan;

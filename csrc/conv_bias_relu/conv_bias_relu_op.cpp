@@ -14,7 +14,8 @@ constexpr const char* kName = kConvBiasRelu;
 
 // An output of up to so many bytes is torch's own, with the last pass in place: it is still in a
 // cache then. A larger one is recycled memory, as fresh memory costs more than a copy, and torch's
-// convolution goes in slices of the batch: of a cache's size, as each costs some 0.1 ms.
+// convolution goes in slices of the batch: of a cache's size, as each costs some 0.1 ms, and of
+// several times the weights, which oneDNN puts in order for each.
 //
 // For a contiguous output oneDNN copies input and output, to have blocks of channels side by side.
 // There both count, and slices spare the fresh memory of these copies.
@@ -22,7 +23,8 @@ struct BatchBytes {
   int64_t whole, slice;
 };
 constexpr BatchBytes kChannelsLast{int64_t{16} << 20, int64_t{8} << 20};
-constexpr BatchBytes kContiguous{int64_t{12} << 20, int64_t{4} << 20};
+constexpr BatchBytes kContiguous{int64_t{12} << 20, int64_t{7} << 19};
+constexpr int64_t kSliceWeights = 4;
 
 int64_t bytes_per_output(const Call& call) {
   return call.dtype == kFloat64 ? 8 : element_bytes(static_cast<ElementType>(call.dtype));
@@ -40,7 +42,10 @@ int64_t images_per_slice(const Call& call) {
   const BatchBytes& most = call.channels_last ? kChannelsLast : kContiguous;
   // Bytes are normalized first, to memory of their own.
   if (images * image_bytes <= most.whole && !call.bytes()) return images;
-  return std::max<int64_t>(1, most.slice / image_bytes);
+  const int64_t weight_bytes = call.weight.numel() * bytes_per_output(call);
+  const int64_t slice_bytes = std::max(most.slice, kSliceWeights * weight_bytes);
+  const int64_t slices = 1 + images * image_bytes / slice_bytes;
+  return (images + slices - 1) / slices;  // all of about a size
 }
 
 Tensor empty_output(const Call& call) {
@@ -113,7 +118,11 @@ Tensor convolve_with_torch(const Call& call, const ChannelActivity& activity) {
   const int64_t step = images_per_slice(call);
   const bool whole = step == images && !call.bytes();
   std::optional<Tensor> output;
-  if (!whole || images == 0) output = empty_output(call);
+  if (!whole || images == 0) {
+    output = empty_output(call);
+    args.past_caches =
+        is_best_past_caches(output->const_data_ptr(), call.output_sizes, args.output_type);
+  }
   Tensor input = call.input;
   for (int64_t first = 0; first < images; first += step) {
     args.images = std::min(step, images - first);

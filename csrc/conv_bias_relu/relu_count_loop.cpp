@@ -19,6 +19,14 @@ inline void read_below(const void* at, int64_t bytes) {
   read_ahead(reinterpret_cast<uintptr_t>(at) - kAheadBytes, bytes);
 }
 
+template <class Out>
+inline void store_result(Out* to, Vector y, bool past_caches) {
+  if constexpr (__is_same(Out, float)) {
+    if (past_caches) return store_past_caches(to, y);
+  }
+  store_exact(to, y);
+}
+
 struct Result {
   int64_t active = 0;
   int64_t nan = 0;
@@ -37,7 +45,7 @@ int64_t count_nan(const Out* out, int64_t count, int64_t step) {
 
 // Neighbouring values of one channel.
 template <class In, class Out>
-Result relu_plane(const In* in, Out* out, int64_t count) {
+Result relu_plane(const In* in, Out* out, int64_t count, bool past_caches) {
   constexpr int64_t kMost = kFloatSums * kLanes;
   Result result;
   for (int64_t begin = (count - 1) / kMost * kMost; begin >= 0; begin -= kMost) {
@@ -56,7 +64,7 @@ Result relu_plane(const In* in, Out* out, int64_t count) {
       const Vector y = round_as<Out>(relu(load_floats(in + i)));
       active = count_positive(active, y);
       sum += y;
-      store_exact(out + i, y);
+      store_result(out + i, y, past_caches);
     }
     int32_t active_here = 0;
     double sums[kLanes];
@@ -85,7 +93,7 @@ struct Totals {
 // limit.
 template <int vectors, bool whole, class In, class Out>
 void relu_vectors(const In* in, Out* out, int64_t pixels, int64_t step, int64_t wanted,
-                  const Totals& totals) {
+                  bool past_caches, const Totals& totals) {
   Integers active[vectors] = {};
   Vector sum[vectors] = {};
   for (int64_t p = pixels - 1; p >= 0; --p) {
@@ -98,7 +106,7 @@ void relu_vectors(const In* in, Out* out, int64_t pixels, int64_t step, int64_t 
       active[v] = count_positive(active[v], y);
       sum[v] += y;
       if constexpr (whole) {
-        store_exact(to, y);
+        store_result(to, y, past_caches);
       } else {
         store_exact(to, y, wanted);
       }
@@ -126,7 +134,8 @@ void relu_vectors(const In* in, Out* out, int64_t pixels, int64_t step, int64_t 
 
 // `pixels` with their channels side by side.
 template <class In, class Out>
-void relu_pixels(const In* in, Out* out, int64_t pixels, int64_t channels, const Totals& totals) {
+void relu_pixels(const In* in, Out* out, int64_t pixels, int64_t channels, bool past_caches,
+                 const Totals& totals) {
   constexpr int kMost = 8;
   for (int64_t begin = (pixels - 1) / kFloatSums * kFloatSums; begin >= 0; begin -= kFloatSums) {
     const int64_t some = pixels - begin < kFloatSums ? pixels - begin : kFloatSums;
@@ -136,16 +145,16 @@ void relu_pixels(const In* in, Out* out, int64_t pixels, int64_t channels, const
       Out* to = out + begin * channels + c;
       const int64_t left = channels - c;
       if (left >= kMost * kLanes) {
-        relu_vectors<kMost, true>(from, to, some, channels, 0, here);
+        relu_vectors<kMost, true>(from, to, some, channels, 0, past_caches, here);
         c += kMost * kLanes;
       } else if (left >= kMost / 2 * kLanes) {
-        relu_vectors<kMost / 2, true>(from, to, some, channels, 0, here);
+        relu_vectors<kMost / 2, true>(from, to, some, channels, 0, past_caches, here);
         c += kMost / 2 * kLanes;
       } else if (left >= kLanes) {
-        relu_vectors<1, true>(from, to, some, channels, 0, here);
+        relu_vectors<1, true>(from, to, some, channels, 0, past_caches, here);
         c += kLanes;
       } else {
-        relu_vectors<1, false>(from, to, some, channels, left, here);
+        relu_vectors<1, false>(from, to, some, channels, left, past_caches, here);
         c = channels;
       }
     }
@@ -176,7 +185,7 @@ void run_items(const ReluCountJob& job, int64_t first, int64_t last) {
       if constexpr (__is_same(In, double)) {
         relu_float64(in + begin, out + begin, args.pixels, 1, result);
       } else {
-        result = relu_plane(in + begin, out + begin, args.pixels);
+        result = relu_plane(in + begin, out + begin, args.pixels, job.past_caches);
       }
       job.item_active[item] = result.active;
       job.item_nan[item] = result.nan;
@@ -197,10 +206,11 @@ void run_items(const ReluCountJob& job, int64_t first, int64_t last) {
       job.item_sum[at + c] = result.sum;
     }
     if constexpr (!__is_same(In, double)) {
-      relu_pixels(in + begin, out + begin, pixels, channels,
+      relu_pixels(in + begin, out + begin, pixels, channels, job.past_caches,
                   {job.item_active + at, job.item_nan + at, job.item_sum + at});
     }
   }
+  if (job.past_caches) finish_past_caches();
 }
 
 template <class Out>
