@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import nn
 
 import pixfuse
-from benchmarks import bench_pixels, harness, plot, report, units
+from benchmarks import bench_conv_bias_relu, bench_pixels, harness, plot, report, units
 from benchmarks.harness import Checked, Contestant, Tolerance, UnequalError
 
 EXPECTED = torch.linspace(-1, 1, 24).view(2, 3, 2, 2)
@@ -203,6 +203,27 @@ def test_workers_are_compared_within_a_round(monkeypatch: pytest.MonkeyPatch) ->
     share, speedup = bench_pixels.claims([], stats)[-2:]
     assert share["value"] == 0.6  # of the whole run, as there are no workers
     assert speedup["value"] == 2.0  # and not 1.0, of the median times
+
+
+def test_convolutions_are_compared_within_a_round() -> None:
+    """Medians of 2 and 2 would say that both are as fast; in two rounds of three we take half."""
+    ours, fused = (
+        harness.Timing(
+            Checked(Contestant(name, lambda: torch.zeros(1)), torch.zeros(1)), seconds, 1
+        )
+        for name, seconds in (
+            (bench_conv_bias_relu.OURS, (1.0, 2.0, 4.0)),
+            (bench_conv_bias_relu.FUSED, (2.0, 4.0, 1.0)),
+        )
+    )
+    layer = bench_conv_bias_relu.LAYERS[-1]
+    rows = [
+        bench_conv_bias_relu.timing_row(timing, ours, layer, "contiguous", 1, 100.0)
+        for timing in (ours, fused)
+    ]
+    (claim,) = bench_conv_bias_relu.claims(rows, None, None)
+    assert claim["value"] == 0.5
+    assert claim["met"]
 
 
 def test_the_dead_units_of_the_demo_are_dead() -> None:
