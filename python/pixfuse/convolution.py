@@ -76,10 +76,10 @@ def conv_bias_relu(
             (C, H, W), or uint8 images, tensor or numpy array, with a ``normalization``; with
             ``input_layout="NHWC"`` channels last. Any strides. Up to 4 channels in one group run
             as one kernel; on CPUs with AVX-512 also more of float32, from channels-last to
-            channels-last, under 1x1 and 3x3 kernels of up to 576 weights per output (128 for 16
-            outputs or fewer), always as IEEE float32. All else, and float64, is torch's
-            convolution followed by one pass, in slices of the batch where it is larger than the
-            caches.
+            channels-last, under 1x1 and undilated 3x3 kernels of up to 576 weights per output (128
+            for 16 outputs or fewer), where N * H' * W' is 1024 or more, always as IEEE float32. All
+            else, and float64, is torch's convolution followed by one pass, in slices of the batch
+            where it is larger than the caches.
         weight: (O, C / groups, kH, kW), of the dtype of a float ``input``; with uint8 input of any
             float dtype but float64.
         bias: (O,), of the dtype of ``weight``, or None.
