@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.functional import conv2d, max_pool2d, relu
+from torch.nn.functional import conv2d, max_pool2d, pad, relu
 
 import pixfuse
 from pixfuse import _library
@@ -606,6 +606,68 @@ def test_many_channels_directly_are_as_accurate_as_torch(isa: str) -> None:
         theirs = (relu(conv2d(input, *call)) - exact).abs()
         assert ours.max() <= 2 * theirs.max()
         assert ours.pow(2).mean() <= (1.5**2) * theirs.pow(2).mean()
+
+
+@pytest.mark.parametrize("channels", [2, 3, 8])
+def test_padding_that_is_left_out(channels: int, isa: str) -> None:
+    """The same bits as of an input with zeros around it, wherever a tile begins and ends."""
+    if channels > 4 and isa not in ("avx512", "amx"):
+        pytest.skip("torch's work")
+    for kernel, padding in (
+        ((3, 3), (1, 1)),
+        ((3, 3), (2, 1)),
+        ((3, 3), (1, 0)),
+        ((1, 1), (0, 0)),
+        ((1, 1), (0, 1)),  # a column of nothing but padding
+        ((5, 2), (4, 1)),  # nothing is left of its two columns at a width of 1
+        ((2, 4), (1, 1)),
+        ((7, 3), (6, 1)),
+    ):
+        if channels > 4 and kernel not in ((1, 1), (3, 3)):
+            continue
+        for stride in ((1, 1), (2, 1), (1, 2), (3, 3)):
+            for width in (1, 2, 5, 7, 8, 9, 14, 15, 29, 57, 64):
+                images = -(-1024 * stride[0] * stride[1] // (6 * width))
+                case = Case(channels, 20, kernel, stride, padding, size=(6, width), images=images)
+                weight, bias = case.weights(torch.float32)
+                input = torch.randn(images, channels, *case.size)
+                around = pad(input, [padding[1]] * 2 + [padding[0]] * 2)
+                if any(side < size for side, size in zip(around.shape[2:], kernel, strict=True)):
+                    continue
+                results = [
+                    pixfuse.conv_bias_relu(
+                        floats.contiguous(memory_format=torch.channels_last),
+                        weight,
+                        bias,
+                        stride,
+                        zeros,
+                    )
+                    for floats, zeros in ((input, padding), (around, 0))
+                ]
+                assert_same_bits(results[0][0], results[1][0])
+                assert torch.equal(results[0][1].active, results[1][1].active)
+                check_activity(*results[0])
+
+
+@pytest.mark.parametrize("channels", [3, 8])
+def test_padding_times_what_is_not_finite(channels: int, isa: str) -> None:
+    case = Case(channels, 21, (3, 3), 1, 1, size=(24, 25))
+    weight, bias = case.weights(torch.float32)
+    input = torch.rand(2, channels, *case.size) + 1
+    input = input.contiguous(memory_format=torch.channels_last)
+    if goes_by_torch(case, input, torch.channels_last):
+        pytest.skip("torch leaves padding out, whatever its weight")
+    for number in (math.inf, -math.inf, math.nan):
+        for ky, kx in ((0, 1), (2, 1), (1, 0), (1, 2), (1, 1)):
+            one = weight.clone()
+            one[5, 1, ky, kx] = number
+            ours, activity = pixfuse.conv_bias_relu(input, one, bias, *case.options())
+            exact, _ = pixfuse.reference.conv_bias_relu(
+                input, one, bias, *case.options(), dtype=torch.float64
+            )
+            assert torch.equal(ours.isnan(), exact.isnan())
+            assert torch.equal(ours.isinf(), exact.isinf())
+            check_activity(ours, activity)
 
 
 def test_large_batches_of_many_channels(isa: str) -> None:

@@ -105,7 +105,10 @@ struct ItemActivity {
   }
 };
 
-void pack_weight(const ConvBiasReluJob& job, float* packed) {
+// True when all are finite.
+bool pack_weight(const ConvBiasReluJob& job, float* packed) {
+  constexpr uint32_t kNotFinite = 0x7f800000;  // the exponent of infinities and NaNs
+  bool finite = true;
   const ConvBiasReluArgs& args = job.args;
   const int64_t outputs = args.output_sizes[1], channels = args.input_sizes[1];
   const int64_t* strides = args.weight_strides;
@@ -117,12 +120,39 @@ void pack_weight(const ConvBiasReluJob& job, float* packed) {
         for (int64_t c = 0; c < channels; ++c) {
           const float* tap = args.weight + c * strides[1] + ky * strides[2] + kx * strides[3];
           const int64_t real = last < outputs ? last : outputs;
-          for (int64_t o = first; o < real; ++o) *packed++ = tap[o * strides[0]];
+          for (int64_t o = first; o < real; ++o) {
+            const float weight = tap[o * strides[0]];
+            finite &= (__builtin_bit_cast(uint32_t, weight) & kNotFinite) != kNotFinite;
+            *packed++ = weight;
+          }
           for (int64_t o = real; o < last; ++o) *packed++ = 0.0f;
         }
       }
     }
   }
+  return finite;
+}
+
+// Rows of floats whose pixels lie side by side are read where they are, when tiles can leave out
+// what is padding: a column at either side, and rows. Every window then has a row and a column of
+// the input.
+void read_input_if_possible(ConvBiasReluJob& job) {
+  const ConvBiasReluArgs& args = job.args;
+  const int64_t channels = args.input_sizes[1], *kernel = args.kernel, *stride = args.stride;
+  if (args.input_type != ElementType::float32 || !job.interleaved_lines) return;
+  if (args.dilation[0] != 1 || args.dilation[1] != 1) return;
+  const int64_t top = args.padding[0], left = args.padding[1];
+  const int64_t last_row = (args.output_sizes[2] - 1) * stride[0] - top;
+  const int64_t last_column = (args.output_sizes[3] - 1) * stride[1] - left;
+  const int64_t beyond = last_column + kernel[1] - args.input_sizes[3];
+  const int64_t right = beyond > 0 ? beyond : 0;
+  if (left > 1 || right > 1 || left + right >= kernel[1]) return;
+  if (top >= kernel[0] || last_row >= args.input_sizes[2]) return;
+  job.reads_input = true;
+  job.line_start = -left * channels;
+  job.first_padding = left * channels;
+  job.last_padding = right * channels;
+  job.lines = 0;
 }
 
 // The constants of neighbouring values of a line.
@@ -219,7 +249,8 @@ int32_t conv_bias_relu_cpu(const ConvBiasReluArgs& args, ParallelFor parallel_fo
   } else if (digits.has_value()) {
     digits->pack_weight(args, *bounds, dead, reinterpret_cast<int8_t*>(weight.get()));
   } else {
-    pack_weight(job, weight.get());
+    // What is left out must add 0: times other weights it would be NaN.
+    if (pack_weight(job, weight.get())) read_input_if_possible(job);
   }
   for (int64_t i = 0; i < biases; ++i) {
     if (digits.has_value()) {

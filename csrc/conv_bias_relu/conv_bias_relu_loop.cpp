@@ -47,6 +47,9 @@ struct Tile {
   int64_t kernel_rows;
   TapRuns runs;
   int64_t pixel_step;  // floats from one output pixel's taps to the next one's
+  // Taps of a kernel row that are padding, and left out: the tile's first pixel begins with so many
+  // of them, its last one ends with so many.
+  int64_t first_padding, last_padding;
   const float* weight;
   const float* bias;
   bool past_caches;          // where the place is pixels
@@ -99,21 +102,30 @@ void run_tile(const Tile& tile, float* out, int64_t step) {
         first[q.value] = run + q.value * pixel_step;
       });
       int64_t offset = 0;
-      for (int64_t left = runs.taps; left > 0; --left, offset += runs.tap_step) {
-        Vector w[vectors];
-        unrolled<vectors>([&](auto v) __attribute__((always_inline)) {
-          w[v.value] = load(weight + v.value * kLanes);
-        });
-        read_ahead(reinterpret_cast<uintptr_t>(weight) + kTapsAhead * kTapBytes, kTapBytes);
-        weight += vectors * kLanes;
-        unrolled<pixels>([&](auto q) __attribute__((always_inline)) {
-          const Vector value = broadcast(first[q.value][offset]);
+      const auto sum_up = [&](auto begin, auto end, int64_t taps) __attribute__((always_inline)) {
+        for (; taps > 0; --taps, offset += runs.tap_step) {
+          Vector w[vectors];
           unrolled<vectors>([&](auto v) __attribute__((always_inline)) {
-            Vector& sum = sums[q.value * vectors + v.value];
-            sum = multiply_add(value, w[v.value], sum);
+            w[v.value] = load(weight + v.value * kLanes);
           });
-        });
-      }
+          read_ahead(reinterpret_cast<uintptr_t>(weight) + kTapsAhead * kTapBytes, kTapBytes);
+          weight += vectors * kLanes;
+          unrolled<pixels>([&](auto q) __attribute__((always_inline)) {
+            if constexpr (q.value >= begin.value && q.value < end.value) {
+              const Vector value = broadcast(first[q.value][offset]);
+              unrolled<vectors>([&](auto v) __attribute__((always_inline)) {
+                Vector& sum = sums[q.value * vectors + v.value];
+                sum = multiply_add(value, w[v.value], sum);
+              });
+            }
+          });
+        }
+      };
+      constexpr Constant<0> all_from;
+      constexpr Constant<pixels> all_to;
+      sum_up(Constant<1>{}, all_to, tile.first_padding);
+      sum_up(all_from, all_to, runs.taps - tile.first_padding - tile.last_padding);
+      sum_up(all_from, Constant<pixels - 1>{}, tile.last_padding);
     }
   }
   if constexpr (place == Place::stage) {
@@ -195,9 +207,12 @@ constexpr TileTable kTiles = all_tiles<place>();
 
 // Some neighbouring pixels of a block of channels, tile by tile, into `out`.
 template <Place place, int vectors>
-void run_tiles(Tile tile, int64_t pixels, float* out, int64_t step) {
+void run_tiles(const Tile& tiles, int64_t pixels, float* out, int64_t step) {
+  Tile tile = tiles;
   for (int64_t left = pixels; left > 0;) {
     const int64_t width = tile_pixels<place>(vectors, left);
+    tile.first_padding = left == pixels ? tiles.first_padding : 0;
+    tile.last_padding = left == width ? tiles.last_padding : 0;
     kTiles<place>.of[vectors - 1][width - 1](tile, out, step);
     tile.line_start += width * tile.pixel_step;
     tile.next_input += static_cast<uintptr_t>(width * tile.next_input_bytes);
@@ -221,7 +236,9 @@ void run_row(const ConvBiasReluJob& job, const Tile& row_tile, int64_t channels,
     const int64_t pixels = width - begin < most ? width - begin : most;
     Counts counts;
     tile.counts = &counts;
-    tile.line_start = begin * tile.pixel_step;
+    tile.line_start = row_tile.line_start + begin * tile.pixel_step;
+    tile.first_padding = begin == 0 ? row_tile.first_padding : 0;
+    tile.last_padding = begin + pixels == width ? row_tile.last_padding : 0;
     tile.next_input = row_tile.next_input + static_cast<uintptr_t>(begin * tile.next_input_bytes);
     T* const to = out + begin * pixel_step;
     bool done = false;
@@ -282,12 +299,18 @@ void run_items(const ConvBiasReluJob& job, int64_t first, int64_t last, const Sc
       job.interleaved_lines ? bytes * args.stride[0] * args.input_strides[2] / args.output_sizes[3]
                             : 0;
   const auto run_block = [&](const RowBlock& row) {
-    const Tile tile{row.lines,
-                    0,
-                    kernel_rows,
+    int64_t first_row = 0, end_row = kernel_rows;  // of the kernel, without padding left out
+    while (row.lines[first_row] == nullptr) ++first_row;
+    while (row.lines[end_row - 1] == nullptr) --end_row;
+    const int64_t row_weights = taps / kernel_rows * row.vectors * kLanes;
+    const Tile tile{row.lines + first_row,
+                    job.line_start,
+                    end_row - first_row,
                     job.tap_runs,
                     pixel_step,
-                    job.weight + row.channel * taps,
+                    job.first_padding,
+                    job.last_padding,
+                    job.weight + row.channel * taps + first_row * row_weights,
                     job.bias + row.channel,
                     job.past_caches,
                     next_input(row),

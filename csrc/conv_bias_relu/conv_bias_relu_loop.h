@@ -47,6 +47,10 @@ struct ConvBiasReluJob {
   const float* bias;             // [vectors * lanes], aligned; several of these for digits
   bool past_caches;              // outputs are stored so
   bool interleaved_lines;        // lines hold pixels side by side; else one run for each channel
+  bool reads_input;              // there are no lines: rows of the input are read as if they were
+  int64_t line_start;            // floats to the first tap: lines begin with padding, rows do not
+  int64_t first_padding;         // taps of a kernel row that are left out at a row's first pixel
+  int64_t last_padding;          // and at its last one
   int64_t line_pixels;           // as many as the kernel reaches, padding included
   int64_t line_floats;           // of a line, aligned
   int64_t lines;                 // held at a time: what `rows_at_once` output rows reach

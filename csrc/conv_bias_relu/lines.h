@@ -1,5 +1,6 @@
 // The lines of input that some output rows reach, brought into a buffer that stays in the cache: as
-// floats, with true zeros where the padding is.
+// floats, with true zeros where the padding is. (Rows of floats that are lines already are read in
+// the input.)
 #pragma once
 #include "conv_bias_relu/conv_bias_relu_loop.h"
 

@@ -11,7 +11,7 @@ struct RowBlock {
   int64_t image;
   int64_t first_row;  // of the output
   int64_t rows;
-  const float* const* lines;  // [rows][kernel rows]
+  const float* const* lines;  // [rows][kernel rows]; null for rows that are padding and left out
   int64_t vectors;
   int64_t channel;        // the first one
   int64_t output_offset;  // elements, to the first channel's first pixel
@@ -57,7 +57,12 @@ void run_rows(const ConvBiasReluJob& job, int64_t first, int64_t last, const Scr
           const int64_t source = y * args.stride[0] - args.padding[0] + k * args.dilation[0];
           const float** line = scratch.wanted + (y - row) * kernel_rows + k;
           if (source < 0 || source >= args.input_sizes[2]) {
-            *line = zeros;
+            *line = job.reads_input ? nullptr : zeros;
+            continue;
+          }
+          if (job.reads_input) {
+            *line = static_cast<const float*>(args.input) + n * args.input_strides[0] +
+                    source * args.input_strides[2];
             continue;
           }
           const int64_t slot = source % job.lines;

@@ -375,6 +375,7 @@ constexpr Case kCases[] = {
     {1, 16, {9, 20}, {2, 1}, {1, 1}, {0, 9}, {14, 37}},
     {2, 20, {6, 6}, {2, 1}, {1, 2}, {3, 2}, {20, 50}},
     {3, 32, {5, 5}, {1, 1}, {1, 1}, {2, 2}, {12, 40}},  // planes of whole lines of the caches
+    {2, 64, {3, 4}, {2, 1}, {1, 1}, {2, 1}, {8, 16}},   // whole tiles, with padding left out
 };
 
 // Made when first asked for.
