@@ -133,14 +133,13 @@ bool pack_weight(const ConvBiasReluJob& job, float* packed) {
   return finite;
 }
 
-// Rows of floats whose pixels lie side by side are read where they are, when tiles can leave out
-// what is padding: a column at either side, and rows. Every window then has a row and a column of
-// the input.
-void read_input_if_possible(ConvBiasReluJob& job) {
+// Tiles can leave out a column of padding at either side, and rows of it, if every window then has
+// a row and a column of the input. What is left out must have added 0: of weights that are finite,
+// as 0 times others is NaN.
+void leave_out_padding_if_possible(ConvBiasReluJob& job) {
   const ConvBiasReluArgs& args = job.args;
   const int64_t channels = args.input_sizes[1], *kernel = args.kernel, *stride = args.stride;
-  if (args.input_type != ElementType::float32 || !job.interleaved_lines) return;
-  if (args.dilation[0] != 1 || args.dilation[1] != 1) return;
+  if (!job.interleaved_lines || args.dilation[0] != 1 || args.dilation[1] != 1) return;
   const int64_t top = args.padding[0], left = args.padding[1];
   const int64_t last_row = (args.output_sizes[2] - 1) * stride[0] - top;
   const int64_t last_column = (args.output_sizes[3] - 1) * stride[1] - left;
@@ -148,11 +147,10 @@ void read_input_if_possible(ConvBiasReluJob& job) {
   const int64_t right = beyond > 0 ? beyond : 0;
   if (left > 1 || right > 1 || left + right >= kernel[1]) return;
   if (top >= kernel[0] || last_row >= args.input_sizes[2]) return;
-  job.reads_input = true;
+  job.leaves_out_padding = true;
   job.line_start = -left * channels;
   job.first_padding = left * channels;
   job.last_padding = right * channels;
-  job.lines = 0;
 }
 
 // The constants of neighbouring values of a line.
@@ -197,7 +195,10 @@ int32_t conv_bias_relu_cpu(const ConvBiasReluArgs& args, ParallelFor parallel_fo
   const std::vector<bool> dead =
       direct ? std::vector<bool>(static_cast<size_t>(outputs)) : bounds->dead_channels();
   const bool planes = args.output_strides[1] != 1 && direct;
-  const int64_t most = loops.max_vectors(planes && args.output_type == ElementType::float32);
+  // Of more channels the sums take so long that planes can be made of them afterwards.
+  const bool many = channels > kMaxDirectChannels;
+  const bool planes_of_floats = planes && args.output_type == ElementType::float32;
+  const int64_t most = loops.max_vectors(planes_of_floats && !many);
   job.blocks = {loops.lanes, vectors, (vectors + most - 1) / most};
   if (digits.has_value()) digits->choose_rows(args, job.blocks.count > 1);
   // A line of the caches that is stored past them in part takes longer than through them. So all
@@ -211,8 +212,10 @@ int32_t conv_bias_relu_cpu(const ConvBiasReluArgs& args, ParallelFor parallel_fo
   job.past_caches = args.past_caches && args.output_type == ElementType::float32 &&
                     (pixels_are_lines || runs_are_lines) &&
                     reinterpret_cast<uintptr_t>(args.output) % kLineBytes == 0;
-  job.interleaved_lines =
+  const bool pixels_are_interleaved =
       channels > 1 && args.input_strides[1] == 1 && args.input_strides[3] == channels;
+  job.interleaved_lines = pixels_are_interleaved || many;
+  job.rows_apart = planes_of_floats && many;
   job.line_pixels = (width - 1) * args.stride[1] + (args.kernel[1] - 1) * args.dilation[1] + 1;
   job.line_floats = round_up(job.line_pixels * channels, 16);
   int64_t weights_per_output = args.kernel[0] * args.kernel[1] * channels;
@@ -249,8 +252,10 @@ int32_t conv_bias_relu_cpu(const ConvBiasReluArgs& args, ParallelFor parallel_fo
   } else if (digits.has_value()) {
     digits->pack_weight(args, *bounds, dead, reinterpret_cast<int8_t*>(weight.get()));
   } else {
-    // What is left out must add 0: times other weights it would be NaN.
-    if (pack_weight(job, weight.get())) read_input_if_possible(job);
+    if (pack_weight(job, weight.get())) leave_out_padding_if_possible(job);
+    job.reads_input =
+        job.leaves_out_padding && pixels_are_interleaved && args.input_type == ElementType::float32;
+    if (job.reads_input) job.lines = 0;
   }
   for (int64_t i = 0; i < biases; ++i) {
     if (digits.has_value()) {

@@ -40,6 +40,25 @@ constexpr int64_t kRowPixels = 8 * kTilePixels[kMaxVectors - 1];
 // How far ahead weights are asked for: those of many channels come from the second-level cache.
 constexpr int64_t kTapsAhead = 16;
 
+// Runs of memory that are asked for while the sums of a row of outputs are computed, some of them
+// for each tile and row of the kernel.
+struct Ahead {
+  uintptr_t next;
+  int64_t runs = 0, step = 0, bytes = 0;  // those left, from one to the next, and of each
+  int64_t runs_at_once = 0;
+
+  void share_out(int64_t times) { runs_at_once = (runs + times - 1) / times; }
+
+  template <int to_write>
+  void ask() {
+    const int64_t now = runs < runs_at_once ? runs : runs_at_once;
+    for (int64_t i = 0; i < now; ++i, next += static_cast<uintptr_t>(step)) {
+      read_ahead<to_write>(next, bytes);
+    }
+    runs -= now;
+  }
+};
+
 // A tile's place: the lines its kernel reads, at the tile's first pixel.
 struct Tile {
   const float* const* lines;  // [kernel rows]
@@ -52,16 +71,17 @@ struct Tile {
   int64_t first_padding, last_padding;
   const float* weight;
   const float* bias;
-  bool past_caches;          // where the place is pixels
-  uintptr_t next_input;      // what lines are filled with next: of this, the tile's share
-  int64_t next_input_bytes;  // for each of its pixels
+  bool past_caches;  // where the place is pixels
+  Ahead* input;      // what lines are filled with next, or read next
+  Ahead* output;     // where the place is the stage of planes
   Counts* counts;
 };
 
-// What happens to a tile's sums: they are stored, to be finished from there; or they are finished
-// and stored in an output where the channels of a pixel, or the pixels of a channel, are side by
-// side.
-enum class Place { stage, pixels, planes };
+// What happens to a tile's sums: they are stored on the stage, to be finished from there; or they
+// are finished and stored in an output where the channels of a pixel, or the pixels of a channel,
+// are side by side; or they are finished and stored on the stage, for planes. For the last, rows of
+// the kernel are summed up apart: torch's convolution of planes adds up no more at a time.
+enum class Place { stage, pixels, planes, planes_stage };
 
 // `out` has a distance of `step` floats between pixels, or between planes; on the stage, none.
 template <Place place, int vectors, int pixels>
@@ -81,20 +101,21 @@ void run_tile(const Tile& tile, float* out, int64_t step) {
     });
   }
   Vector sums[vectors * pixels];
+  constexpr bool rows_apart = place == Place::planes_stage;
+  const auto bias = [&](int v)
+                        __attribute__((always_inline)) { return load(tile.bias + v * kLanes); };
   unrolled<vectors>([&](auto v) __attribute__((always_inline)) {
-    const Vector bias = load(tile.bias + v.value * kLanes);
+    const Vector start = rows_apart ? Vector{} : bias(v.value);
     unrolled<pixels>(
-        [&](auto q) __attribute__((always_inline)) { sums[q.value * vectors + v.value] = bias; });
+        [&](auto q) __attribute__((always_inline)) { sums[q.value * vectors + v.value] = start; });
   });
-  constexpr int64_t kTapBytes = vectors * kLanes * sizeof(float);
+  constexpr int64_t kTapFloats = vectors * kLanes;
   const float* weight = tile.weight;
   const int64_t pixel_step = tile.pixel_step;
   const TapRuns runs = tile.runs;
-  uintptr_t next_input = tile.next_input;
-  const int64_t next_bytes = pixels * tile.next_input_bytes / tile.kernel_rows;
   for (int64_t row = 0; row < tile.kernel_rows; ++row) {
-    read_ahead(next_input, next_bytes);
-    next_input += static_cast<uintptr_t>(next_bytes);
+    tile.input->ask<0>();
+    if constexpr (rows_apart) tile.output->ask<1>();
     const float* run = tile.lines[row] + tile.line_start;
     for (int64_t r = 0; r < runs.count; ++r, run += runs.step) {
       const float* first[pixels];
@@ -108,8 +129,10 @@ void run_tile(const Tile& tile, float* out, int64_t step) {
           unrolled<vectors>([&](auto v) __attribute__((always_inline)) {
             w[v.value] = load(weight + v.value * kLanes);
           });
-          read_ahead(reinterpret_cast<uintptr_t>(weight) + kTapsAhead * kTapBytes, kTapBytes);
-          weight += vectors * kLanes;
+          unrolled<vectors>([&](auto v) __attribute__((always_inline)) {
+            __builtin_prefetch(weight + kTapsAhead * kTapFloats + v.value * kLanes);
+          });
+          weight += kTapFloats;
           unrolled<pixels>([&](auto q) __attribute__((always_inline)) {
             if constexpr (q.value >= begin.value && q.value < end.value) {
               const Vector value = broadcast(first[q.value][offset]);
@@ -126,6 +149,17 @@ void run_tile(const Tile& tile, float* out, int64_t step) {
       sum_up(Constant<1>{}, all_to, tile.first_padding);
       sum_up(all_from, all_to, runs.taps - tile.first_padding - tile.last_padding);
       sum_up(all_from, Constant<pixels - 1>{}, tile.last_padding);
+    }
+    if constexpr (rows_apart) {
+      const bool is_last = row + 1 == tile.kernel_rows;
+      unrolled<vectors * pixels>([&](auto i) __attribute__((always_inline)) {
+        Vector& sum = sums[i.value];
+        float* const before = out + i.value * kLanes;
+        sum += row == 0 ? bias(i.value % vectors) : load(before);
+        if (is_last) return;
+        store(before, sum);
+        sum = Vector{};
+      });
     }
   }
   if constexpr (place == Place::stage) {
@@ -145,6 +179,8 @@ void run_tile(const Tile& tile, float* out, int64_t step) {
       if constexpr (place == Place::pixels) {
         float* const to = out + q.value * step + v.value * kLanes;
         tile.past_caches ? store_past_caches(to, y) : store(to, y);
+      } else if constexpr (place == Place::planes_stage) {
+        store(out + (q.value * vectors + v.value) * kLanes, y);
       }
     });
     tile.counts->active[v.value] = active;
@@ -177,6 +213,12 @@ constexpr int64_t tile_pixels(int64_t vectors, int64_t left) {
   if (place == Place::planes) return left >= kLanes ? kLanes : left > 8 ? (left + 1) / 2 : left;
   const int64_t most = kTilePixels[vectors - 1];
   return left >= most ? most : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+}
+
+// How many tiles a row of so many pixels has, about.
+inline int64_t tiles_of(int64_t vectors, int64_t pixels) {
+  const int64_t most = kTilePixels[vectors - 1];
+  return (pixels + most - 1) / most;
 }
 
 template <Place place, int vectors, int pixels = kMostTilePixels>
@@ -215,7 +257,6 @@ void run_tiles(const Tile& tiles, int64_t pixels, float* out, int64_t step) {
     tile.last_padding = left == width ? tiles.last_padding : 0;
     kTiles<place>.of[vectors - 1][width - 1](tile, out, step);
     tile.line_start += width * tile.pixel_step;
-    tile.next_input += static_cast<uintptr_t>(width * tile.next_input_bytes);
     out += width * (place == Place::planes ? 1 : step);
     left -= width;
   }
@@ -231,7 +272,7 @@ void run_row(const ConvBiasReluJob& job, const Tile& row_tile, int64_t channels,
   const bool whole = channels >= vectors * kLanes;
   Tile tile = row_tile;
   const bool pixels_are_stored = __is_same(T, float) && whole && channel_step == 1;
-  const int64_t most = pixels_are_stored ? kRowPixels : kStagePixels;
+  const int64_t most = pixels_are_stored || job.rows_apart ? kRowPixels : kStagePixels;
   for (int64_t begin = 0; begin < width; begin += most) {
     const int64_t pixels = width - begin < most ? width - begin : most;
     Counts counts;
@@ -239,12 +280,15 @@ void run_row(const ConvBiasReluJob& job, const Tile& row_tile, int64_t channels,
     tile.line_start = row_tile.line_start + begin * tile.pixel_step;
     tile.first_padding = begin == 0 ? row_tile.first_padding : 0;
     tile.last_padding = begin + pixels == width ? row_tile.last_padding : 0;
-    tile.next_input = row_tile.next_input + static_cast<uintptr_t>(begin * tile.next_input_bytes);
     T* const to = out + begin * pixel_step;
     bool done = false;
     if constexpr (__is_same(T, float)) {
       if (pixels_are_stored) {
         run_tiles<Place::pixels, vectors>(tile, pixels, to, pixel_step);
+        done = true;
+      } else if (job.rows_apart) {
+        run_tiles<Place::planes_stage, vectors>(tile, pixels, stage, vectors * kLanes);
+        store_planes<T, vectors>(stage, pixels, channels, to, channel_step);
         done = true;
       } else if constexpr (kSquareTiles && vectors == 1) {
         if (whole) {
@@ -284,25 +328,43 @@ void run_items(const ConvBiasReluJob& job, int64_t first, int64_t last, const Sc
   const int64_t taps = kernel_rows * args.kernel[1] * args.input_sizes[1];
   const int64_t pixel_step = args.stride[1] * (job.interleaved_lines ? args.input_sizes[1] : 1);
   const auto fill = [&](int64_t n, int64_t row, float* line) { fill_line(job, n, row, line); };
-  // While a row of outputs is computed, those rows of input are read ahead that the next fill
-  // brings into lines: past the end of an image, rows of the next one.
-  const int64_t bytes = element_bytes(args.input_type);
+  // While a row of outputs is computed, those rows of input are asked for that come next: past the
+  // end of an image, rows of the next one. Of planes, so are those of the output: they are stored
+  // after all others, so each would wait for memory.
   const int64_t next_row = (job.rows_at_once - 1) * args.stride[0] - args.padding[0] +
                            (kernel_rows - 1) * args.dilation[0] + 1;
+  const int64_t *const in = args.input_strides, bytes = element_bytes(args.input_type);
+  const int64_t in_row_bytes = bytes * args.stride[0] * in[2];
   const auto next_input = [&](const RowBlock& row) {
-    const int64_t input_row = row.first_row * args.stride[0] + next_row;
-    return reinterpret_cast<uintptr_t>(args.input) +
-           static_cast<uintptr_t>(
-               bytes * (row.image * args.input_strides[0] + input_row * args.input_strides[2]));
+    const int64_t start = row.image * in[0] + (row.first_row * args.stride[0] + next_row) * in[2];
+    Ahead ahead{reinterpret_cast<uintptr_t>(args.input) + static_cast<uintptr_t>(bytes * start)};
+    if (!job.interleaved_lines || row.channel > 0) return ahead;
+    if (in[1] == 1) {
+      ahead.runs = in_row_bytes / kCacheLineBytes;
+      ahead.step = ahead.bytes = kCacheLineBytes;
+    } else {
+      ahead.runs = args.input_sizes[1];
+      ahead.step = bytes * in[1];
+      ahead.bytes = in_row_bytes;
+    }
+    return ahead;
   };
-  const int64_t next_bytes =
-      job.interleaved_lines ? bytes * args.stride[0] * args.input_strides[2] / args.output_sizes[3]
-                            : 0;
+  const auto next_output = [&](const RowBlock& row, const T* out) {
+    const int64_t left = args.output_sizes[1] - row.channel, most = row.vectors * kLanes;
+    return Ahead{reinterpret_cast<uintptr_t>(out), job.rows_apart ? (left < most ? left : most) : 0,
+                 args.output_strides[1] * static_cast<int64_t>(sizeof(T)),
+                 args.output_sizes[3] * static_cast<int64_t>(sizeof(T))};
+  };
   const auto run_block = [&](const RowBlock& row) {
     int64_t first_row = 0, end_row = kernel_rows;  // of the kernel, without padding left out
     while (row.lines[first_row] == nullptr) ++first_row;
     while (row.lines[end_row - 1] == nullptr) --end_row;
     const int64_t row_weights = taps / kernel_rows * row.vectors * kLanes;
+    T* const out = static_cast<T*>(args.output) + row.output_offset;
+    Ahead input = next_input(row), output = next_output(row, out);
+    const int64_t times = (end_row - first_row) * tiles_of(row.vectors, args.output_sizes[3]);
+    input.share_out(times);
+    output.share_out(times);
     const Tile tile{row.lines + first_row,
                     job.line_start,
                     end_row - first_row,
@@ -313,10 +375,9 @@ void run_items(const ConvBiasReluJob& job, int64_t first, int64_t last, const Sc
                     job.weight + row.channel * taps + first_row * row_weights,
                     job.bias + row.channel,
                     job.past_caches,
-                    next_input(row),
-                    row.channel == 0 ? next_bytes : 0,
+                    &input,
+                    &output,
                     nullptr};
-    T* out = static_cast<T*>(args.output) + row.output_offset;
     run_row<T>(row.vectors, job, tile, args.output_sizes[1] - row.channel, row.totals, out,
                row.stage);
   };

@@ -47,13 +47,15 @@ struct ConvBiasReluJob {
   const float* bias;             // [vectors * lanes], aligned; several of these for digits
   bool past_caches;              // outputs are stored so
   bool interleaved_lines;        // lines hold pixels side by side; else one run for each channel
-  bool reads_input;              // there are no lines: rows of the input are read as if they were
-  int64_t line_start;            // floats to the first tap: lines begin with padding, rows do not
-  int64_t first_padding;         // taps of a kernel row that are left out at a row's first pixel
-  int64_t last_padding;          // and at its last one
-  int64_t line_pixels;           // as many as the kernel reaches, padding included
-  int64_t line_floats;           // of a line, aligned
-  int64_t lines;                 // held at a time: what `rows_at_once` output rows reach
+  bool leaves_out_padding;       // lines have none
+  bool reads_input;              // nor are there lines: rows of the input are read in its place
+  bool rows_apart;               // rows of the kernel are summed up apart, for planes
+  int64_t line_start;     // floats from a line's first to the first tap's, below 0 in padding
+  int64_t first_padding;  // taps of a kernel row that are left out at a row's first pixel
+  int64_t last_padding;   // and at its last one
+  int64_t line_pixels;    // as many as the kernel reaches, padding included
+  int64_t line_floats;    // of a line, aligned
+  int64_t lines;          // held at a time: what `rows_at_once` output rows reach
   int64_t rows_at_once;
   int64_t items_per_image;
   float mean[kCyclePixels * kMaxDirectChannels];  // over neighbouring values of a line
@@ -69,7 +71,7 @@ struct ConvBiasReluJob {
 
 // Floats of scratch memory that a call of the loop needs, aligned to 64 bytes: the lines, one of
 // zeros, and the results of a few pixels, of up to 4 vectors of 16 channels.
-constexpr int64_t kStagePixels = 48;
+constexpr int64_t kStagePixels = 56;
 constexpr int64_t kStageFloats = kStagePixels * 64;
 static inline int64_t scratch_floats(const ConvBiasReluJob& job) {
   return (job.lines + 1) * job.line_floats + kStageFloats +

@@ -72,6 +72,31 @@ void convert_run(const ConvBiasReluJob&, const T* __restrict in, float* __restri
   for (int64_t i = 0; i < count; ++i) out[i] = to_float(in[i]);
 }
 
+// From pixels of a channel side by side to channels of a pixel.
+template <class T>
+void interleave(const T* in, int64_t plane, int64_t channels, int64_t pixels, float* out) {
+  for (int64_t c = 0; c < channels; c += kLanes) {
+    const int64_t rows = channels - c < kLanes ? channels - c : kLanes;
+    for (int64_t p = 0; p < pixels; p += kLanes) {
+      const int64_t columns = pixels - p < kLanes ? pixels - p : kLanes;
+      Vector square[kLanes] = {};
+      for (int64_t i = 0; i < rows; ++i) {
+        const T* from = in + (c + i) * plane + p;
+        square[i] = columns == kLanes ? load_floats(from) : load_floats(from, columns);
+      }
+      transpose<kLanes / 2>(square);
+      for (int64_t i = 0; i < columns; ++i) {
+        float* to = out + (p + i) * channels + c;
+        if (rows == kLanes) {
+          store(to, square[i]);
+        } else {
+          store_exact(to, square[i], rows);
+        }
+      }
+    }
+  }
+}
+
 template <class T>
 void fill_line_of(const ConvBiasReluJob& job, int64_t n, int64_t row, float* line) {
   const ConvBiasReluArgs& args = job.args;
@@ -85,7 +110,9 @@ void fill_line_of(const ConvBiasReluJob& job, int64_t n, int64_t row, float* lin
       static_cast<const T*>(args.input) + n * args.input_strides[0] + row * args.input_strides[2];
   const int64_t period = kCyclePixels * channels;
   if (job.interleaved_lines) {
-    return convert_run(job, in, line + left * channels, count * channels, 0, period);
+    float* const target = job.leaves_out_padding ? line : line + left * channels;
+    if (channel_step != 1) return interleave(in, channel_step, channels, count, target);
+    return convert_run(job, in, target, count * channels, 0, period);
   }
   constexpr int64_t kGathered = 256;
   T run[kGathered];

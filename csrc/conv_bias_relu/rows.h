@@ -57,7 +57,7 @@ void run_rows(const ConvBiasReluJob& job, int64_t first, int64_t last, const Scr
           const int64_t source = y * args.stride[0] - args.padding[0] + k * args.dilation[0];
           const float** line = scratch.wanted + (y - row) * kernel_rows + k;
           if (source < 0 || source >= args.input_sizes[2]) {
-            *line = job.reads_input ? nullptr : zeros;
+            *line = job.leaves_out_padding ? nullptr : zeros;
             continue;
           }
           if (job.reads_input) {

@@ -206,6 +206,11 @@ inline Vector load_floats(const T* from) {
 // The first `count`, and zeros.
 template <class T>
 inline Vector load_floats(const T* from, int64_t count) {
+#if defined(__AVX512F__)
+  if constexpr (__is_same(T, float)) {
+    return (Vector)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), from);
+  }
+#endif
   float values[kLanes] = {};
   for (int64_t i = 0; i < count; ++i) values[i] = to_float(from[i]);
   return load(values);

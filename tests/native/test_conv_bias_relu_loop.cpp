@@ -17,7 +17,7 @@
 #include <vector>
 
 #include "common/isa.h"
-#include "conv_bias_relu/conv_bias_relu.h"
+#include "conv_bias_relu/conv_bias_relu_loop.h"
 #include "guarded_memory.h"
 #include "normalize/normalize_constants.h"
 #include "wanted_isas.h"
@@ -374,8 +374,10 @@ constexpr Case kCases[] = {
     {3, 36, {11, 11}, {4, 4}, {1, 1}, {2, 2}, {23, 150}},
     {1, 16, {9, 20}, {2, 1}, {1, 1}, {0, 9}, {14, 37}},
     {2, 20, {6, 6}, {2, 1}, {1, 2}, {3, 2}, {20, 50}},
-    {3, 32, {5, 5}, {1, 1}, {1, 1}, {2, 2}, {12, 40}},  // planes of whole lines of the caches
-    {2, 64, {3, 4}, {2, 1}, {1, 1}, {2, 1}, {8, 16}},   // whole tiles, with padding left out
+    {3, 32, {5, 5}, {1, 1}, {1, 1}, {2, 2}, {12, 40}},   // planes of whole lines of the caches
+    {2, 64, {3, 4}, {2, 1}, {1, 1}, {2, 1}, {8, 16}},    // whole tiles, with padding left out
+    {21, 50, {3, 3}, {1, 2}, {1, 1}, {1, 1}, {5, 117}},  // more channels than images have
+    {37, 18, {3, 2}, {2, 1}, {1, 2}, {1, 2}, {6, 19}},
 };
 
 // Made when first asked for.
@@ -398,6 +400,7 @@ bool run_all(int64_t& cases) {
           const auto type = static_cast<ElementType>(input);
           const bool usual = type == ElementType::uint8 && output == ElementType::float32;
           if (turn % 4 != 0 && test.kernel[0] > 3 && !usual) continue;
+          if (type == ElementType::uint8 && test.channels > kMaxDirectChannels) continue;
           const Problem& problem = problem_of(number, input);
           if (!run_convolution(test, problem, type, output, (layouts & 1) != 0,
                                (layouts & 2) != 0)) {
