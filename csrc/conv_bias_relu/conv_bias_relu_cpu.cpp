@@ -1,6 +1,8 @@
 // Picks the instruction set, repacks the weights, splits the work over threads, adds up what they
 // counted.
+#include <algorithm>
 #include <atomic>
+#include <bit>
 #include <memory>
 #include <new>
 #include <optional>
@@ -133,6 +135,13 @@ bool pack_weight(const ConvBiasReluJob& job, float* packed) {
   return finite;
 }
 
+// As many rows as the stage holds, of those that are counted together: whole lines of the caches
+// then come from rows that are not.
+int64_t rows_staged(int64_t width) {
+  const int64_t most = std::clamp(kStagePixels / width, int64_t{1}, kItemRows);
+  return static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(most)));
+}
+
 // Tiles can leave out a column of padding at either side, and rows of it, if every window then has
 // a row and a column of the input. What is left out must have added 0: of weights that are finite,
 // as 0 times others is NaN.
@@ -205,6 +214,8 @@ int32_t conv_bias_relu_cpu(const ConvBiasReluArgs& args, ParallelFor parallel_fo
   // lines are whole, and those of planes, which the direct way does not store so, whole vectors of
   // the pixels that are computed at once.
   const bool pixels_are_lines = args.output_strides[1] == 1 && outputs % kLineFloats == 0;
+  job.rows_apart = planes_of_floats && many;
+  job.rows_staged = job.rows_apart ? rows_staged(width) : 1;
   const int64_t run = digits.has_value() ? digits->rows_at_once * width : width;
   const bool runs_are_lines = !direct && loops.lanes == kLineFloats && outputs % loops.lanes == 0 &&
                               args.output_strides[3] == 1 && run % kLineFloats == 0 &&
@@ -215,7 +226,6 @@ int32_t conv_bias_relu_cpu(const ConvBiasReluArgs& args, ParallelFor parallel_fo
   const bool pixels_are_interleaved =
       channels > 1 && args.input_strides[1] == 1 && args.input_strides[3] == channels;
   job.interleaved_lines = pixels_are_interleaved || many;
-  job.rows_apart = planes_of_floats && many;
   job.line_pixels = (width - 1) * args.stride[1] + (args.kernel[1] - 1) * args.dilation[1] + 1;
   job.line_floats = round_up(job.line_pixels * channels, 16);
   int64_t weights_per_output = args.kernel[0] * args.kernel[1] * channels;
@@ -233,6 +243,7 @@ int32_t conv_bias_relu_cpu(const ConvBiasReluArgs& args, ParallelFor parallel_fo
   const int64_t padded = vectors * loops.lanes;
   const int64_t weight_floats = weights_per_output * padded;
   job.rows_at_once = weight_floats <= kCachedWeightFloats ? 1 : kItemRows;
+  job.rows_at_once = std::max(job.rows_at_once, job.rows_staged);
   if (job.rows_at_once > height) job.rows_at_once = height;
   if (digits.has_value()) job.rows_at_once = digits->rows_at_once;
   job.lines = (job.rows_at_once - 1) * args.stride[0] + (args.kernel[0] - 1) * args.dilation[0] + 1;

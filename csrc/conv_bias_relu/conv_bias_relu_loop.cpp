@@ -262,17 +262,18 @@ void run_tiles(const Tile& tiles, int64_t pixels, float* out, int64_t step) {
   }
 }
 
-// One block of channels of one output row.
+// One block of channels of one output row. With rows apart, `staged` pixels are on the stage
+// already, of the rows before; more are turned when it is full, or all with the `last` row.
 template <class T, int vectors>
 void run_row(const ConvBiasReluJob& job, const Tile& row_tile, int64_t channels,
-             const Totals& totals, T* out, float* stage) {
+             const Totals& totals, T* out, float* stage, int64_t& staged, bool last) {
   const ConvBiasReluArgs& args = job.args;
   const int64_t width = args.output_sizes[3], pixel_step = args.output_strides[3];
   const int64_t channel_step = args.output_strides[1];
   const bool whole = channels >= vectors * kLanes;
   Tile tile = row_tile;
   const bool pixels_are_stored = __is_same(T, float) && whole && channel_step == 1;
-  const int64_t most = pixels_are_stored || job.rows_apart ? kRowPixels : kStagePixels;
+  const int64_t most = kRowPixels;
   for (int64_t begin = 0; begin < width; begin += most) {
     const int64_t pixels = width - begin < most ? width - begin : most;
     Counts counts;
@@ -287,9 +288,18 @@ void run_row(const ConvBiasReluJob& job, const Tile& row_tile, int64_t channels,
         run_tiles<Place::pixels, vectors>(tile, pixels, to, pixel_step);
         done = true;
       } else if (job.rows_apart) {
-        run_tiles<Place::planes_stage, vectors>(tile, pixels, stage, vectors * kLanes);
-        store_planes<T, vectors>(stage, pixels, channels, to, channel_step);
-        done = true;
+        constexpr int64_t step = vectors * kLanes;
+        float* const at = stage + staged * step;
+        run_tiles<Place::planes_stage, vectors>(tile, pixels, at, step);
+        add_counts<vectors>(counts, totals, at, pixels, channels, step, 1);
+        staged += pixels;
+        const int64_t left = width - begin - pixels;
+        const int64_t next = left > 0 ? left : width;
+        if (staged + (next < most ? next : most) > kStagePixels || (last && left == 0)) {
+          store_planes<T, vectors>(stage, staged, channels, to + pixels - staged, channel_step);
+          staged = 0;
+        }
+        continue;
       } else if constexpr (kSquareTiles && vectors == 1) {
         if (whole) {
           run_tiles<Place::planes, 1>(tile, pixels, to, channel_step);
@@ -312,13 +322,14 @@ void run_row(const ConvBiasReluJob& job, const Tile& row_tile, int64_t channels,
 
 template <class T, int vectors = kMaxVectors>
 void run_row(int64_t wanted_vectors, const ConvBiasReluJob& job, const Tile& tile, int64_t channels,
-             const Totals& totals, T* out, float* stage) {
+             const Totals& totals, T* out, float* stage, int64_t& staged, bool last) {
   if constexpr (vectors > 1) {
     if (wanted_vectors < vectors) {
-      return run_row<T, vectors - 1>(wanted_vectors, job, tile, channels, totals, out, stage);
+      return run_row<T, vectors - 1>(wanted_vectors, job, tile, channels, totals, out, stage,
+                                     staged, last);
     }
   }
-  run_row<T, vectors>(job, tile, channels, totals, out, stage);
+  run_row<T, vectors>(job, tile, channels, totals, out, stage, staged, last);
 }
 
 template <class T>
@@ -334,54 +345,61 @@ void run_items(const ConvBiasReluJob& job, int64_t first, int64_t last, const Sc
   const int64_t next_row = (job.rows_at_once - 1) * args.stride[0] - args.padding[0] +
                            (kernel_rows - 1) * args.dilation[0] + 1;
   const int64_t *const in = args.input_strides, bytes = element_bytes(args.input_type);
-  const int64_t in_row_bytes = bytes * args.stride[0] * in[2];
   const auto next_input = [&](const RowBlock& row) {
     const int64_t start = row.image * in[0] + (row.first_row * args.stride[0] + next_row) * in[2];
     Ahead ahead{reinterpret_cast<uintptr_t>(args.input) + static_cast<uintptr_t>(bytes * start)};
     if (!job.interleaved_lines || row.channel > 0) return ahead;
+    const int64_t row_bytes = row.rows * args.stride[0] * bytes * in[2];
     if (in[1] == 1) {
-      ahead.runs = in_row_bytes / kCacheLineBytes;
+      ahead.runs = row_bytes / kCacheLineBytes;
       ahead.step = ahead.bytes = kCacheLineBytes;
     } else {
       ahead.runs = args.input_sizes[1];
       ahead.step = bytes * in[1];
-      ahead.bytes = in_row_bytes;
+      ahead.bytes = row_bytes;
     }
     return ahead;
   };
   const auto next_output = [&](const RowBlock& row, const T* out) {
     const int64_t left = args.output_sizes[1] - row.channel, most = row.vectors * kLanes;
-    return Ahead{reinterpret_cast<uintptr_t>(out), job.rows_apart ? (left < most ? left : most) : 0,
-                 args.output_strides[1] * static_cast<int64_t>(sizeof(T)),
-                 args.output_sizes[3] * static_cast<int64_t>(sizeof(T))};
+    Ahead ahead{reinterpret_cast<uintptr_t>(out)};
+    if (!job.rows_apart) return ahead;
+    ahead.runs = left < most ? left : most;
+    ahead.step = args.output_strides[1] * static_cast<int64_t>(sizeof(T));
+    ahead.bytes = row.rows * args.output_strides[2] * static_cast<int64_t>(sizeof(T));
+    return ahead;
   };
   const auto run_block = [&](const RowBlock& row) {
-    int64_t first_row = 0, end_row = kernel_rows;  // of the kernel, without padding left out
-    while (row.lines[first_row] == nullptr) ++first_row;
-    while (row.lines[end_row - 1] == nullptr) --end_row;
-    const int64_t row_weights = taps / kernel_rows * row.vectors * kLanes;
     T* const out = static_cast<T*>(args.output) + row.output_offset;
     Ahead input = next_input(row), output = next_output(row, out);
-    const int64_t times = (end_row - first_row) * tiles_of(row.vectors, args.output_sizes[3]);
+    const int64_t times = row.rows * kernel_rows * tiles_of(row.vectors, args.output_sizes[3]);
     input.share_out(times);
     output.share_out(times);
-    const Tile tile{row.lines + first_row,
-                    job.line_start,
-                    end_row - first_row,
-                    job.tap_runs,
-                    pixel_step,
-                    job.first_padding,
-                    job.last_padding,
-                    job.weight + row.channel * taps + first_row * row_weights,
-                    job.bias + row.channel,
-                    job.past_caches,
-                    &input,
-                    &output,
-                    nullptr};
-    run_row<T>(row.vectors, job, tile, args.output_sizes[1] - row.channel, row.totals, out,
-               row.stage);
+    int64_t staged = 0;
+    for (int64_t y = 0; y < row.rows; ++y) {
+      const float* const* const lines = row.lines + y * kernel_rows;
+      int64_t first_row = 0, end_row = kernel_rows;  // of the kernel, without padding left out
+      while (lines[first_row] == nullptr) ++first_row;
+      while (lines[end_row - 1] == nullptr) --end_row;
+      const int64_t row_weights = taps / kernel_rows * row.vectors * kLanes;
+      const Tile tile{lines + first_row,
+                      job.line_start,
+                      end_row - first_row,
+                      job.tap_runs,
+                      pixel_step,
+                      job.first_padding,
+                      job.last_padding,
+                      job.weight + row.channel * taps + first_row * row_weights,
+                      job.bias + row.channel,
+                      job.past_caches,
+                      &input,
+                      &output,
+                      nullptr};
+      run_row<T>(row.vectors, job, tile, args.output_sizes[1] - row.channel, row.totals,
+                 out + y * args.output_strides[2], row.stage, staged, y + 1 == row.rows);
+    }
   };
-  run_rows(job, first, last, scratch, fill, run_block);
+  run_rows(job, first, last, scratch, fill, run_block, job.rows_staged);
   if (job.past_caches) finish_past_caches();
 }
 

@@ -50,6 +50,7 @@ struct ConvBiasReluJob {
   bool leaves_out_padding;       // lines have none
   bool reads_input;              // nor are there lines: rows of the input are read in its place
   bool rows_apart;               // rows of the kernel are summed up apart, for planes
+  int64_t rows_staged;           // rows of the output that are turned together for planes, else 1
   int64_t line_start;     // floats from a line's first to the first tap's, below 0 in padding
   int64_t first_padding;  // taps of a kernel row that are left out at a row's first pixel
   int64_t last_padding;   // and at its last one
@@ -71,7 +72,7 @@ struct ConvBiasReluJob {
 
 // Floats of scratch memory that a call of the loop needs, aligned to 64 bytes: the lines, one of
 // zeros, and the results of a few pixels, of up to 4 vectors of 16 channels.
-constexpr int64_t kStagePixels = 56;
+constexpr int64_t kStagePixels = 112;
 constexpr int64_t kStageFloats = kStagePixels * 64;
 static inline int64_t scratch_floats(const ConvBiasReluJob& job) {
   return (job.lines + 1) * job.line_floats + kStageFloats +
