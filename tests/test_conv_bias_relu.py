@@ -537,6 +537,8 @@ MANY_DIRECTLY = {
     "1x1": Case(256, 256, (1, 1), 1, 0, size=(33, 16)),
     "1x1, large steps": Case(576, 40, (1, 1), (1, 2), (1, 0), 2, size=(33, 34)),
     "more weights than the cache holds": Case(64, 128, (3, 3), 1, 1, size=(41, 14)),
+    "256 to 256": Case(256, 256, (3, 3), 1, 1, size=(14, 14), images=6),
+    "65 to 72": Case(65, 72, (3, 3), 1, (2, 0), size=(17, 33)),
     "no bias": Case(13, 20, (3, 3), 1, "same", size=(20, 40), bias=False),
     "more padding than input": Case(8, 32, (3, 3), 1, 16, size=(2, 2)),
     **{
@@ -550,23 +552,35 @@ MANY_DIRECTLY = {
 MANY_PLANES_DIRECTLY = {
     "64 to 64": Case(64, 64, (3, 3), 1, 1, size=(20, 57)),
     "64 to 100, large steps": Case(64, 100, (3, 3), (2, 3), (2, 1), size=(41, 100)),
+    "256 to 256": Case(256, 256, (3, 3), 1, 1, size=(14, 14), images=6),
+    "65 to 72": Case(65, 72, (3, 3), 1, (2, 0), size=(17, 33)),
     "not padded": Case(49, 32, (3, 3), 1, 0, size=(23, 58), bias=False),
     "more padding than input": Case(32, 32, (3, 3), 1, 16, size=(2, 2)),
     "more weights than the cache holds": Case(62, 129, (3, 3), 1, 1, size=(21, 32)),
     **{
         f"{outputs} outputs, {width} wide": Case(33, outputs, (3, 3), 1, 1, size=(height, width))
-        for outputs in (17, 32, 48, 64)
-        for width in (28, 31, 56, 57, 64, 113)
+        for outputs in (32, 33, 48, 64)
+        for width in (14, 15, 16, 28, 31, 56, 57, 64, 112, 113)
         for height in (-(-512 // width),)
     },
 }
 MANY_BY_TORCH = {
-    "too many weights": Case(65, 64, (3, 3), 1, 1, size=(32, 32)),
+    "too many weights": Case(257, 64, (3, 3), 1, 1, size=(32, 32)),
+    "too many for few outputs": Case(65, 63, (3, 3), 1, 1, size=(32, 32)),
+    "too many for many outputs": Case(65, 257, (3, 3), 1, 1, size=(32, 32)),
+    "too many for a stride": Case(65, 64, (3, 3), (1, 2), 1, size=(32, 33)),
+    "too many for 1x1": Case(577, 64, (1, 1), size=(32, 32)),
     "too many for one vector": Case(15, 16, (3, 3), 1, 1, size=(32, 32)),
     "groups": Case(16, 64, (3, 3), 1, 1, 1, 2, size=(32, 32)),
     "another kernel": Case(16, 64, (3, 2), 1, 1, size=(32, 32)),
     "dilated": Case(16, 64, (3, 3), 1, 2, (1, 2), size=(32, 32)),
     "a small result": Case(16, 64, (3, 3), 1, 1, size=(31, 16)),
+}
+MANY_PLANES_BY_TORCH = {
+    "too few weights": Case(28, 64, (3, 3), 1, 1, size=(20, 57)),
+    "few outputs": Case(64, 31, (3, 3), 1, 1, size=(20, 57)),
+    "short rows": Case(64, 64, (3, 3), 1, 1, size=(80, 13)),
+    "1x1": Case(300, 64, (1, 1), size=(20, 57)),
 }
 
 
@@ -591,13 +605,7 @@ def test_who_goes_directly(isa: str) -> None:
     for case in MANY_PLANES_DIRECTLY.values():
         planes = many_channels(case).contiguous()
         assert goes_by_torch(case, planes, torch.contiguous_format) is not directly
-    for case in (
-        *MANY_BY_TORCH.values(),
-        Case(28, 64, (3, 3), 1, 1, size=(20, 57)),
-        Case(64, 16, (3, 3), 1, 1, size=(20, 57)),
-        Case(64, 64, (3, 3), 1, 1, size=(40, 27)),
-        Case(300, 64, (1, 1), size=(20, 57)),
-    ):
+    for case in (*MANY_BY_TORCH.values(), *MANY_PLANES_BY_TORCH.values()):
         assert goes_by_torch(case, many_channels(case).contiguous(), torch.contiguous_format)
     case = MANY_DIRECTLY["64 to 64"]
     assert goes_by_torch(case, many_channels(case), torch.contiguous_format)
@@ -689,13 +697,13 @@ def test_padding_that_is_left_out(
         for stride in ((1, 1), (2, 1), (1, 2), (3, 3)):
             for width in (1, 2, 5, 7, 8, 9, 14, 15, 29, 57, 64):
                 images = -(-1024 * stride[0] * stride[1] // (6 * width))
-                case = Case(channels, 20, kernel, stride, padding, size=(6, width), images=images)
+                case = Case(channels, 36, kernel, stride, padding, size=(6, width), images=images)
                 weight, bias = case.weights(torch.float32)
                 input = torch.randn(images, channels, *case.size)
                 around = pad(input, [padding[1]] * 2 + [padding[0]] * 2)
                 if any(side < size for side, size in zip(around.shape[2:], kernel, strict=True)):
                     continue
-                if channels == 32 and (around.shape[3] - kernel[1]) // stride[1] + 1 < 28:
+                if channels == 32 and (around.shape[3] - kernel[1]) // stride[1] + 1 < 14:
                     continue  # torch's work
                 results = [
                     pixfuse.conv_bias_relu(
@@ -719,7 +727,7 @@ def test_padding_that_is_left_out(
 def test_padding_times_what_is_not_finite(
     channels: int, memory_format: torch.memory_format, isa: str
 ) -> None:
-    case = Case(channels, 21, (3, 3), 1, 1, size=(24, 28))
+    case = Case(channels, 37, (3, 3), 1, 1, size=(24, 28))
     weight, bias = case.weights(torch.float32)
     input = torch.rand(2, channels, *case.size) + 1
     input = input.contiguous(memory_format=memory_format)

@@ -26,6 +26,9 @@ constexpr int64_t kCachedWeightFloats = 1 << 16;
 
 constexpr int64_t kLineBytes = 64, kLineFloats = kLineBytes / sizeof(float);  // of the caches
 
+// Taps of a row that are one sum where sums are apart; more are one for each pixel.
+constexpr int64_t kMostTapsApart = 192;
+
 struct Loops {
   int64_t lanes;
   int64_t (*max_vectors)(bool planes_of_floats);
@@ -214,8 +217,8 @@ int32_t conv_bias_relu_cpu(const ConvBiasReluArgs& args, ParallelFor parallel_fo
   // lines are whole, and those of planes, which the direct way does not store so, whole vectors of
   // the pixels that are computed at once.
   const bool pixels_are_lines = args.output_strides[1] == 1 && outputs % kLineFloats == 0;
-  job.rows_apart = planes_of_floats && many;
-  job.rows_staged = job.rows_apart ? rows_staged(width) : 1;
+  job.runs_apart = planes_of_floats && many;
+  job.rows_staged = job.runs_apart ? rows_staged(width) : 1;
   const int64_t run = digits.has_value() ? digits->rows_at_once * width : width;
   const bool runs_are_lines = !direct && loops.lanes == kLineFloats && outputs % loops.lanes == 0 &&
                               args.output_strides[3] == 1 && run % kLineFloats == 0 &&
@@ -253,7 +256,10 @@ int32_t conv_bias_relu_cpu(const ConvBiasReluArgs& args, ParallelFor parallel_fo
   job.tap_runs = {args.kernel[1], args.dilation[1], channels, job.line_pixels};
   if (job.interleaved_lines) {
     job.tap_runs = {args.kernel[1], args.dilation[1] * channels, channels, 1};
-    if (args.dilation[1] == 1) job.tap_runs = {1, 0, args.kernel[1] * channels, 1};
+    const int64_t row_taps = args.kernel[1] * channels;
+    if (args.dilation[1] == 1 && (!job.runs_apart || row_taps <= kMostTapsApart)) {
+      job.tap_runs = {1, 0, row_taps, 1};
+    }
   }
   const int64_t biases = digits.has_value() ? static_cast<int64_t>(digits->bias.size()) : padded;
   const AlignedArray<float> weight(weight_floats), bias(biases);

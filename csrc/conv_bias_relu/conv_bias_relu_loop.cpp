@@ -79,8 +79,8 @@ struct Tile {
 
 // What happens to a tile's sums: they are stored on the stage, to be finished from there; or they
 // are finished and stored in an output where the channels of a pixel, or the pixels of a channel,
-// are side by side; or they are finished and stored on the stage, for planes. For the last, rows of
-// the kernel are summed up apart: torch's convolution of planes adds up no more at a time.
+// are side by side; or they are finished and stored on the stage, for planes. For the last, runs of
+// taps are summed up apart: torch's convolution of planes adds up no more at a time.
 enum class Place { stage, pixels, planes, planes_stage };
 
 // `out` has a distance of `step` floats between pixels, or between planes; on the stage, none.
@@ -101,11 +101,11 @@ void run_tile(const Tile& tile, float* out, int64_t step) {
     });
   }
   Vector sums[vectors * pixels];
-  constexpr bool rows_apart = place == Place::planes_stage;
+  constexpr bool runs_apart = place == Place::planes_stage;
   const auto bias = [&](int v)
                         __attribute__((always_inline)) { return load(tile.bias + v * kLanes); };
   unrolled<vectors>([&](auto v) __attribute__((always_inline)) {
-    const Vector start = rows_apart ? Vector{} : bias(v.value);
+    const Vector start = runs_apart ? Vector{} : bias(v.value);
     unrolled<pixels>(
         [&](auto q) __attribute__((always_inline)) { sums[q.value * vectors + v.value] = start; });
   });
@@ -115,7 +115,7 @@ void run_tile(const Tile& tile, float* out, int64_t step) {
   const TapRuns runs = tile.runs;
   for (int64_t row = 0; row < tile.kernel_rows; ++row) {
     tile.input->ask<0>();
-    if constexpr (rows_apart) tile.output->ask<1>();
+    if constexpr (runs_apart) tile.output->ask<1>();
     const float* run = tile.lines[row] + tile.line_start;
     for (int64_t r = 0; r < runs.count; ++r, run += runs.step) {
       const float* first[pixels];
@@ -146,20 +146,23 @@ void run_tile(const Tile& tile, float* out, int64_t step) {
       };
       constexpr Constant<0> all_from;
       constexpr Constant<pixels> all_to;
-      sum_up(Constant<1>{}, all_to, tile.first_padding);
-      sum_up(all_from, all_to, runs.taps - tile.first_padding - tile.last_padding);
-      sum_up(all_from, Constant<pixels - 1>{}, tile.last_padding);
-    }
-    if constexpr (rows_apart) {
-      const bool is_last = row + 1 == tile.kernel_rows;
-      unrolled<vectors * pixels>([&](auto i) __attribute__((always_inline)) {
-        Vector& sum = sums[i.value];
-        float* const before = out + i.value * kLanes;
-        sum += row == 0 ? bias(i.value % vectors) : load(before);
-        if (is_last) return;
-        store(before, sum);
-        sum = Vector{};
-      });
+      const int64_t first_padding = r == 0 ? tile.first_padding : 0;
+      const int64_t last_padding = r + 1 == runs.count ? tile.last_padding : 0;
+      sum_up(Constant<1>{}, all_to, first_padding);
+      sum_up(all_from, all_to, runs.taps - first_padding - last_padding);
+      sum_up(all_from, Constant<pixels - 1>{}, last_padding);
+      if constexpr (runs_apart) {
+        const bool is_first = row == 0 && r == 0;
+        const bool is_last = row + 1 == tile.kernel_rows && r + 1 == runs.count;
+        unrolled<vectors * pixels>([&](auto i) __attribute__((always_inline)) {
+          Vector& sum = sums[i.value];
+          float* const before = out + i.value * kLanes;
+          sum += is_first ? bias(i.value % vectors) : load(before);
+          if (is_last) return;
+          store(before, sum);
+          sum = Vector{};
+        });
+      }
     }
   }
   if constexpr (place == Place::stage) {
@@ -262,7 +265,7 @@ void run_tiles(const Tile& tiles, int64_t pixels, float* out, int64_t step) {
   }
 }
 
-// One block of channels of one output row. With rows apart, `staged` pixels are on the stage
+// One block of channels of one output row. With runs apart, `staged` pixels are on the stage
 // already, of the rows before; more are turned when it is full, or all with the `last` row.
 template <class T, int vectors>
 void run_row(const ConvBiasReluJob& job, const Tile& row_tile, int64_t channels,
@@ -287,7 +290,7 @@ void run_row(const ConvBiasReluJob& job, const Tile& row_tile, int64_t channels,
       if (pixels_are_stored) {
         run_tiles<Place::pixels, vectors>(tile, pixels, to, pixel_step);
         done = true;
-      } else if (job.rows_apart) {
+      } else if (job.runs_apart) {
         constexpr int64_t step = vectors * kLanes;
         float* const at = stage + staged * step;
         run_tiles<Place::planes_stage, vectors>(tile, pixels, at, step);
@@ -363,7 +366,7 @@ void run_items(const ConvBiasReluJob& job, int64_t first, int64_t last, const Sc
   const auto next_output = [&](const RowBlock& row, const T* out) {
     const int64_t left = args.output_sizes[1] - row.channel, most = row.vectors * kLanes;
     Ahead ahead{reinterpret_cast<uintptr_t>(out)};
-    if (!job.rows_apart) return ahead;
+    if (!job.runs_apart) return ahead;
     ahead.runs = left < most ? left : most;
     ahead.step = args.output_strides[1] * static_cast<int64_t>(sizeof(T));
     ahead.bytes = row.rows * args.output_strides[2] * static_cast<int64_t>(sizeof(T));

@@ -49,7 +49,7 @@ struct ConvBiasReluJob {
   bool interleaved_lines;        // lines hold pixels side by side; else one run for each channel
   bool leaves_out_padding;       // lines have none
   bool reads_input;              // nor are there lines: rows of the input are read in its place
-  bool rows_apart;               // rows of the kernel are summed up apart, for planes
+  bool runs_apart;               // runs of taps are summed up apart, for planes
   int64_t rows_staged;           // rows of the output that are turned together for planes, else 1
   int64_t line_start;     // floats from a line's first to the first tap's, below 0 in padding
   int64_t first_padding;  // taps of a kernel row that are left out at a row's first pixel

@@ -58,35 +58,41 @@ Tensor empty_output(const Call& call) {
 
 // The one rule of who goes this way: images; and of more channels those where torch's convolution
 // and the last pass over it are measured slower, and are no closer to the sum. That is on AVX-512,
-// of float32, up to a number of weights per output. Other kernels than these, and small results,
-// oneDNN sums up in parts, and errs by half as much.
+// of float32. Other kernels than these, and small results, oneDNN sums up in parts, and errs by
+// half as much.
 //
 // From pixels to pixels, whose channels lie side by side: with so few outputs that one vector holds
 // them, values are loaded as often as they are multiplied. From planes to planes: both have to be
 // turned, so there must be sums that take longer, and rows that fill vectors.
 bool goes_directly(const Call& call) {
-  constexpr int64_t kMostWeights = 576, kMostWeightsOfOneVector = 128, kVectorOutputs = 16;
-  constexpr int64_t kFewestWeightsOfPlanes = 256, kFewestColumnsOfPlanes = 28;
   constexpr int64_t kFewestPositions = 1024;
+  constexpr int64_t kVectorOutputs = 16, kMostWeightsOfVector = 128;
+  constexpr int64_t kFewestWeightsOfPlanes = 256, kFewestOutputsOfPlanes = 32, kFewestColumns = 14;
+  // Weights of an output: more than the first only of so many outputs.
+  constexpr int64_t kManyWeights = 576, kMostWeights = 2304;
+  constexpr int64_t kFewestOutputs = 64, kMostOutputs = 256;
   if (call.groups != 1 || call.dtype == kFloat64) return false;
   const int64_t channels = call.view.sizes[1], outputs = call.output_sizes[1];
   if (channels <= kMaxDirectChannels) return true;
   const Isa isa = active_isa();
   if (isa != Isa::avx512 && isa != Isa::amx) return false;
   if (call.bytes() || call.dtype != static_cast<int64_t>(ElementType::float32)) return false;
-  const int64_t side = call.weight.size(2);
+  const int64_t side = call.weight.size(2), weights = channels * side * side;
   if ((side != 1 && side != 3) || call.weight.size(3) != side) return false;
   if (side != 1 && (call.dilation[0] != 1 || call.dilation[1] != 1)) return false;
   const auto &sizes = call.output_sizes, &strides = call.view.strides;
   if (sizes[0] * sizes[2] * sizes[3] < kFewestPositions) return false;
-  const int64_t weights = channels * side * side;
-  const bool many_outputs = outputs > kVectorOutputs;
+  if (weights > kManyWeights) {
+    const bool is_dense = side == 3 && call.stride[0] == 1 && call.stride[1] == 1;
+    if (!is_dense || weights > kMostWeights) return false;
+    if (outputs < kFewestOutputs || outputs > kMostOutputs) return false;
+  }
   if (call.channels_last) {
     return strides[1] == 1 && strides[3] == channels &&
-           weights <= (many_outputs ? kMostWeights : kMostWeightsOfOneVector);
+           (outputs > kVectorOutputs || weights <= kMostWeightsOfVector);
   }
-  return strides[3] == 1 && side == 3 && many_outputs && weights >= kFewestWeightsOfPlanes &&
-         weights <= kMostWeights && sizes[3] >= kFewestColumnsOfPlanes;
+  return strides[3] == 1 && side == 3 && weights >= kFewestWeightsOfPlanes &&
+         outputs >= kFewestOutputsOfPlanes && sizes[3] >= kFewestColumns;
 }
 
 Tensor convolve_directly(const Call& call, const ChannelActivity& activity) {
