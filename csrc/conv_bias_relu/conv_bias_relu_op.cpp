@@ -68,9 +68,9 @@ bool goes_directly(const Call& call) {
   constexpr int64_t kFewestPositions = 1024;
   constexpr int64_t kVectorOutputs = 16, kMostWeightsOfVector = 128;
   constexpr int64_t kFewestWeightsOfPlanes = 256, kFewestOutputsOfPlanes = 32, kFewestColumns = 14;
-  // Weights of an output: more than the first only of so many outputs.
+  // Weights of an output: more than the first only if the second-level cache holds all of them.
   constexpr int64_t kManyWeights = 576, kMostWeights = 2304;
-  constexpr int64_t kFewestOutputs = 64, kMostOutputs = 256;
+  constexpr int64_t kFewestOutputs = 64, kMostWeightBytes = int64_t{3} << 19;
   if (call.groups != 1 || call.dtype == kFloat64) return false;
   const int64_t channels = call.view.sizes[1], outputs = call.output_sizes[1];
   if (channels <= kMaxDirectChannels) return true;
@@ -84,8 +84,9 @@ bool goes_directly(const Call& call) {
   if (sizes[0] * sizes[2] * sizes[3] < kFewestPositions) return false;
   if (weights > kManyWeights) {
     const bool is_dense = side == 3 && call.stride[0] == 1 && call.stride[1] == 1;
+    const int64_t bytes = weights * outputs * static_cast<int64_t>(sizeof(float));
     if (!is_dense || weights > kMostWeights) return false;
-    if (outputs < kFewestOutputs || outputs > kMostOutputs) return false;
+    if (outputs < kFewestOutputs || bytes > kMostWeightBytes) return false;
   }
   if (call.channels_last) {
     return strides[1] == 1 && strides[3] == channels &&

@@ -77,11 +77,11 @@ def conv_bias_relu(
             ``input_layout="NHWC"`` channels last. Any strides. Up to 4 channels in one group run
             as one kernel; on CPUs with AVX-512 also more of float32, where N * H' * W' is 1024 or
             more, under undilated 3x3 kernels, and 1x1 ones if both are channels-last, of up to 576
-            weights per output, or 2304 for 64 to 256 outputs and stride 1: from channels-last to
-            channels-last (16 outputs or fewer: of up to 128 weights), and from contiguous to
-            contiguous (of 256 weights or more, 32 outputs or more, and W' of 14 or more). That is
-            always IEEE float32. All else, and float64, is torch's convolution followed by one pass,
-            in slices of the batch where it is larger than the caches.
+            weights per output, or 2304 for 64 outputs or more, stride 1, and weights of up to 1.5
+            MiB: from channels-last to channels-last (16 outputs or fewer: of up to 128 weights),
+            and from contiguous to contiguous (of 256 weights or more, 32 outputs or more, and W' of
+            14 or more). That is always IEEE float32. All else, and float64, is torch's convolution
+            followed by one pass, in slices of the batch where it is larger than the caches.
         weight: (O, C / groups, kH, kW), of the dtype of a float ``input``; with uint8 input of any
             float dtype but float64.
         bias: (O,), of the dtype of ``weight``, or None.
