@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "common/isa.h"
+#include "common/read_ahead.h"
 #include "conv_bias_relu/digits_plan.h"
 #include "conv_bias_relu/winograd_plan.h"
 
@@ -24,7 +25,7 @@ constexpr int64_t kGrainElements = 32768;
 // used for several rows before the next block of channels comes.
 constexpr int64_t kCachedWeightFloats = 1 << 16;
 
-constexpr int64_t kLineBytes = 64, kLineFloats = kLineBytes / sizeof(float);  // of the caches
+constexpr int64_t kLineFloats = kCacheLineBytes / sizeof(float);
 
 // Taps of a row that are one sum where sums are apart; more are one for each pixel.
 constexpr int64_t kMostTapsApart = 192;
@@ -160,7 +161,6 @@ void leave_out_padding_if_possible(ConvBiasReluJob& job) {
   if (left > 1 || right > 1 || left + right >= kernel[1]) return;
   if (top >= kernel[0] || last_row >= args.input_sizes[2]) return;
   job.leaves_out_padding = true;
-  job.line_start = -left * channels;
   job.first_padding = left * channels;
   job.last_padding = right * channels;
 }
@@ -225,7 +225,7 @@ int32_t conv_bias_relu_cpu(const ConvBiasReluArgs& args, ParallelFor parallel_fo
                               height * width % kLineFloats == 0;
   job.past_caches = args.past_caches && args.output_type == ElementType::float32 &&
                     (pixels_are_lines || runs_are_lines) &&
-                    reinterpret_cast<uintptr_t>(args.output) % kLineBytes == 0;
+                    reinterpret_cast<uintptr_t>(args.output) % kCacheLineBytes == 0;
   const bool pixels_are_interleaved =
       channels > 1 && args.input_strides[1] == 1 && args.input_strides[3] == channels;
   job.interleaved_lines = pixels_are_interleaved || many;
@@ -332,7 +332,7 @@ int32_t relu_count_cpu(const ReluCountArgs& args, ParallelFor parallel_for) {
   const int64_t row_floats = args.channels_last ? args.channels : args.pixels;
   job.past_caches = args.past_caches && !args.is_float64 &&
                     args.output_type == ElementType::float32 && row_floats % kLineFloats == 0 &&
-                    reinterpret_cast<uintptr_t>(args.output) % kLineBytes == 0;
+                    reinterpret_cast<uintptr_t>(args.output) % kCacheLineBytes == 0;
   job.runs_per_image = (args.pixels + kRunPixels - 1) / kRunPixels;
   const int64_t items = args.images * (args.channels_last ? job.runs_per_image : args.channels);
   ItemActivity activity(args.channels_last ? items * args.channels : items);

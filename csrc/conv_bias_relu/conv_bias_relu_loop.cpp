@@ -3,7 +3,7 @@
 // Tiles of a few pixels times a few vectors of output channels are summed up in registers: each
 // value of a line is broadcast, and multiplied with the weights of its tap. A tile of floats is
 // finished there too, ReLU, counts and order included; what is rounded to 16 bits, or fills no
-// vector, is staged for that.
+// vector, is staged for that, and so are planes of what more channels are summed up to.
 #include "common/read_ahead.h"
 #include "conv_bias_relu/lines.h"
 #include "conv_bias_relu/rows.h"
@@ -62,7 +62,7 @@ struct Ahead {
 // A tile's place: the lines its kernel reads, at the tile's first pixel.
 struct Tile {
   const float* const* lines;  // [kernel rows]
-  int64_t line_start;         // floats
+  int64_t line_start;         // floats; padding that is left out is before the line
   int64_t kernel_rows;
   TapRuns runs;
   int64_t pixel_step;  // floats from one output pixel's taps to the next one's
@@ -386,7 +386,7 @@ void run_items(const ConvBiasReluJob& job, int64_t first, int64_t last, const Sc
       while (lines[end_row - 1] == nullptr) --end_row;
       const int64_t row_weights = taps / kernel_rows * row.vectors * kLanes;
       const Tile tile{lines + first_row,
-                      job.line_start,
+                      -job.first_padding,
                       end_row - first_row,
                       job.tap_runs,
                       pixel_step,

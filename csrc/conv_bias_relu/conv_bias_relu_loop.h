@@ -51,12 +51,11 @@ struct ConvBiasReluJob {
   bool reads_input;              // nor are there lines: rows of the input are read in its place
   bool runs_apart;               // runs of taps are summed up apart, for planes
   int64_t rows_staged;           // rows of the output that are turned together for planes, else 1
-  int64_t line_start;     // floats from a line's first to the first tap's, below 0 in padding
-  int64_t first_padding;  // taps of a kernel row that are left out at a row's first pixel
-  int64_t last_padding;   // and at its last one
-  int64_t line_pixels;    // as many as the kernel reaches, padding included
-  int64_t line_floats;    // of a line, aligned
-  int64_t lines;          // held at a time: what `rows_at_once` output rows reach
+  int64_t first_padding;         // taps of a kernel row that are left out at a row's first pixel
+  int64_t last_padding;          // and at its last one
+  int64_t line_pixels;           // as many as the kernel reaches, padding included
+  int64_t line_floats;           // of a line, aligned
+  int64_t lines;                 // held at a time: what `rows_at_once` output rows reach
   int64_t rows_at_once;
   int64_t items_per_image;
   float mean[kCyclePixels * kMaxDirectChannels];  // over neighbouring values of a line
