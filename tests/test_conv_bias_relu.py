@@ -21,6 +21,7 @@ from pixfuse import _library
 from pixfuse._convolution_autograd import _SLICE_BYTES
 from tests.bits import assert_same_bits
 from tests.images import LAYOUTS, random_bytes
+from tests.isas import OF_BYTES
 from tests.normalizations import ROUNDINGS, made_up
 
 # Of torch's own convolution.
@@ -597,7 +598,7 @@ def many_channels(case: Case, dtype: torch.dtype = torch.float32) -> torch.Tenso
 
 
 def test_who_goes_directly(isa: str) -> None:
-    directly = isa in ("avx512", "amx")
+    directly = isa in ("avx512", *OF_BYTES)
     for case in MANY_DIRECTLY.values():
         assert goes_by_torch(case, many_channels(case), torch.channels_last) is not directly
     for case in MANY_BY_TORCH.values():
@@ -678,7 +679,7 @@ def test_padding_that_is_left_out(
     channels: int, memory_format: torch.memory_format, isa: str
 ) -> None:
     """The same bits as of an input with zeros around it, wherever a tile begins and ends."""
-    if channels > 4 and isa not in ("avx512", "amx"):
+    if channels > 4 and isa not in ("avx512", *OF_BYTES):
         pytest.skip("torch's work")
     for kernel, padding in (
         ((3, 3), (1, 1)),
@@ -793,13 +794,34 @@ def is_direct(case: Case, weight: torch.Tensor, normalization: pixfuse.Normaliza
     return torch.equal(of_bytes.nan_to_num(), of_floats.nan_to_num())
 
 
+def is_in_points(case: Case) -> bool:
+    """What Winograd's algorithm is for."""
+    weight = torch.empty(1, case.channels, *case.kernel, device="meta")
+    positions = conv2d(
+        weight.new_empty(1, case.channels, *case.size), weight, None, *case.options()
+    )
+    strides, dilations = (
+        pair if isinstance(pair, tuple) else (pair, pair) for pair in (case.stride, case.dilation)
+    )
+    return (
+        dilations[1] == 1
+        and case.kernel[1] >= 2 * strides[1]
+        and case.kernel[0] * case.channels >= 20
+        and positions.numel() >= 128
+    )
+
+
 def is_in_digits(case: Case, isa: str) -> bool:
-    """What a matrix unit for bytes is used for."""
-    return isa == "amx" and case.channels <= 3 and case.channels * math.prod(case.kernel) >= 48
+    """What is summed up in whole numbers: in vectors, what Winograd's algorithm is not for."""
+    taps = case.channels * math.prod(case.kernel)
+    if case.channels > 3 or isa not in OF_BYTES:
+        return False
+    return taps >= 48 if isa == "amx" else taps >= 64 and not is_in_points(case)
 
 
 def test_who_goes_another_way(isa: str) -> None:
     for case in WINOGRAD.values():
+        assert is_in_points(case)
         weight, _ = case.weights(torch.float32)
         normalization = made_up(case.channels, "torchvision")
         assert not is_direct(case, weight, normalization)
@@ -814,6 +836,7 @@ def test_who_goes_another_way(isa: str) -> None:
         weight, _ = case.weights(torch.float32)
         direct = is_direct(case, weight, made_up(case.channels, "torchvision"))
         assert direct is not is_in_digits(case, isa)
+        assert not is_in_points(case)
 
 
 @pytest.mark.parametrize("name", WINOGRAD)
@@ -982,7 +1005,12 @@ def test_negated_weights_of_winograd(isa: str) -> None:
 
 # --- whole numbers ---
 
-needs_amx = pytest.mark.skipif("amx" not in _library.available_isas(), reason="no amx here")
+in_digits = pytest.mark.parametrize(
+    "isa", [isa for isa in _library.available_isas() if isa in OF_BYTES], indirect=True
+)
+
+# As ResNet's, but a stride that leaves Winograd's algorithm nothing to save.
+LARGE_STEPS = Case(3, 64, (7, 7), 4, 3, size=(61, 64))
 
 # Kernels whose rows fill a row of a tile, a part of it, or several; with padding and without.
 DIGITS = [
@@ -1006,20 +1034,22 @@ DIGITS = [
 ]
 
 
-@needs_amx
-def test_digits() -> None:
+@in_digits
+def test_digits(isa: str) -> None:
     for i, case in enumerate(DIGITS):
         assert is_in_digits(case, "amx")
+        if not is_in_digits(case, isa):
+            continue
         images = random_bytes(case.images, *case.size, case.channels + i % 2)[..., : case.channels]
         images = images.permute(0, 3, 1, 2)
         if i % 3 == 0:
             images = images.contiguous()
-        check(case, images, DTYPES, memory_format=FORMATS[i // 2 % 2], isas=("amx",))
+        check(case, images, DTYPES, memory_format=FORMATS[i // 2 % 2], isas=(isa,))
 
 
-@needs_amx
-def test_digits_of_every_width() -> None:
-    """Pixels of some rows come in tiles of 16, two at a time."""
+@in_digits
+def test_digits_of_every_width(isa: str) -> None:
+    """Pixels of some rows come in tiles of 16, two at a time, or 8 at a time."""
     for columns in (*range(1, 19), 31, 32, 33, 34, 47, 48, 49, 65):
         for kernel, stride, padding, outputs in ((7, 2, 3, 64), (16, 16, 0, 40), (11, 4, 2, 17)):
             width = (columns - 1) * stride + kernel - 2 * padding
@@ -1029,17 +1059,17 @@ def test_digits_of_every_width() -> None:
             height = (rows - 1) * stride + kernel - 2 * padding
             case = Case(3, outputs, (kernel, kernel), stride, padding, size=(max(1, height), width))
             images = random_bytes(2, 3, *case.size)
-            check(case, images, DTYPES[:1], memory_format=FORMATS[columns % 2], isas=("amx",))
+            check(case, images, DTYPES[:1], memory_format=FORMATS[columns % 2], isas=(isa,))
 
 
-@needs_amx
-def test_digits_are_as_accurate_as_torch() -> None:
+@in_digits
+def test_digits_are_as_accurate_as_torch(isa: str) -> None:
     """Nearer where many terms are summed up; with few, torch has little to lose itself."""
     rows, columns = torch.meshgrid(torch.arange(112), torch.arange(112), indexing="ij")
     smooth = (120 + 90 * torch.sin(rows / 9) * torch.cos(columns / 7)).expand(1, 3, 112, 112)
     pictures = (random_bytes(1, 3, 112, 112), smooth.to(torch.uint8))
-    stems = (STEMS[name] for name in ("resnet", "alexnet", "vit", "convnext"))
-    cases = (*stems, Case(3, 32, (5, 5), 1, 2))
+    stems = (STEMS[name] for name in ("resnet", "alexnet", "convnext")) if isa == "amx" else ()
+    cases = (*stems, STEMS["vit"], LARGE_STEPS, Case(3, 32, (5, 5), 1, 2))
     for case, images, normalization in itertools.product(
         cases, pictures, (pixfuse.IMAGENET, pixfuse.SIGNED, pixfuse.UNIT)
     ):
@@ -1048,8 +1078,7 @@ def test_digits_are_as_accurate_as_torch() -> None:
         call = (weight, bias, *case.options())
         floats = pixfuse.normalize(images, normalization)
         exact = conv2d(floats.double(), weight.double(), bias.double(), *case.options()).relu()
-        with _library.use_isa("amx"):
-            ours, _ = pixfuse.conv_bias_relu(images, *call, normalization=normalization)
+        ours, _ = pixfuse.conv_bias_relu(images, *call, normalization=normalization)
         theirs = relu(conv2d(floats, *call))
         mine, torchs_own = ((result - exact).abs() for result in (ours, theirs))
         many = weight[0].numel() > 128
@@ -1057,25 +1086,24 @@ def test_digits_are_as_accurate_as_torch() -> None:
         assert mine.pow(2).mean() <= (1 if many else 1.5**2) * torchs_own.pow(2).mean()
 
 
-@needs_amx
-def test_black_is_nothing() -> None:
+@in_digits
+def test_black_is_nothing(isa: str) -> None:
     """In [0, 1] a black pixel leaves no trace of its weight, however large that is."""
-    case = STEMS["resnet"]
+    case = LARGE_STEPS
     weight, bias = case.weights(torch.float32)
     assert bias is not None
-    images = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
-    with _library.use_isa("amx"):
-        ours, _ = pixfuse.conv_bias_relu(
-            images, weight * 1e6, bias, *case.options(), normalization=pixfuse.UNIT
-        )
+    images = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+    ours, _ = pixfuse.conv_bias_relu(
+        images, weight * 1e6, bias, *case.options(), normalization=pixfuse.UNIT
+    )
     assert torch.equal(ours, relu(bias)[:, None, None].expand(1, 64, 16, 16))
 
 
-@needs_amx
+@in_digits
 @pytest.mark.parametrize("padding", [3, 9])
-def test_weights_in_the_padding_leave_nothing(padding: int) -> None:
+def test_weights_in_the_padding_leave_nothing(padding: int, isa: str) -> None:
     """Where only taps of weight 0 lie inside the image an output is its bias, to the last bit."""
-    case = Case(3, 64, (7, 7), 2, padding, size=(37, 41))
+    case = Case(3, 64, (7, 7), 4, padding, size=(37, 41))
     weight, bias = case.weights(torch.float32)
     assert bias is not None
     images = random_bytes(1, *case.size, 3).permute(0, 3, 1, 2)
@@ -1083,12 +1111,11 @@ def test_weights_in_the_padding_leave_nothing(padding: int) -> None:
         some = weight.clone()
         some[:, :, rows, columns] = 0
         inside = conv2d(
-            torch.ones(1, 1, *case.size), (some[:1] != 0).float()[:, :1], None, 2, padding
+            torch.ones(1, 1, *case.size), (some[:1] != 0).float()[:, :1], None, 4, padding
         )
-        with _library.use_isa("amx"):
-            ours, _ = pixfuse.conv_bias_relu(
-                images, some, bias, *case.options(), normalization=pixfuse.IMAGENET
-            )
+        ours, _ = pixfuse.conv_bias_relu(
+            images, some, bias, *case.options(), normalization=pixfuse.IMAGENET
+        )
         untouched = (inside == 0).expand_as(ours)
         assert 0 < untouched.sum() < untouched.numel()
         assert torch.equal(
@@ -1096,20 +1123,19 @@ def test_weights_in_the_padding_leave_nothing(padding: int) -> None:
         )
 
 
-@needs_amx
-def test_small_and_large_weights_in_digits() -> None:
+@in_digits
+def test_small_and_large_weights_in_digits(isa: str) -> None:
     """A channel has steps of its own; weights too small for steps go the direct way."""
-    case = STEMS["resnet"]
+    case = LARGE_STEPS
     weight, _ = case.weights(torch.float32)
     images = random_bytes(1, 3, *case.size)
     for factor in (1e-25, 1e-8, 1e8, 1e-35):
         scaled = weight.clone()
         scaled[::2] *= factor
         truth = Truth(pixfuse.normalize(images, pixfuse.SIGNED), scaled, None, case.options())
-        with _library.use_isa("amx"):
-            ours, activity = pixfuse.conv_bias_relu(
-                images, scaled, None, *case.options(), normalization=pixfuse.SIGNED
-            )
+        ours, activity = pixfuse.conv_bias_relu(
+            images, scaled, None, *case.options(), normalization=pixfuse.SIGNED
+        )
         check_values(ours, activity, truth)
 
 

@@ -27,7 +27,7 @@ CONV_BIAS_RELU = Program(
         "conv_bias_relu/winograd_loop.cpp",
     ),
     cases=400,
-    tiles=("conv_bias_relu/digits_loop.cpp",),
+    of_bytes=("conv_bias_relu/digits_loop.cpp",),
 )
 
 
@@ -50,6 +50,12 @@ PLANTED = [
     ("sanitized amx", "short_output", "AddressSanitizer"),
     ("sanitized amx", "wrong_value", "expected"),
     ("sanitized amx", "wrong_count", "counted"),
+    ("sanitized vnni", "short_output", "AddressSanitizer"),
+    ("sanitized vnni", "wrong_value", "expected"),
+    ("sanitized vnni", "wrong_count", "counted"),
+    ("plain vnni", "short_input", None),
+    ("plain vnni", "short_output", None),
+    ("plain vnni", "wrong_value", "expected"),
     ("thread amx", "race", "data race"),
     ("plain amx", "short_input", None),
     ("plain amx", "short_output", None),

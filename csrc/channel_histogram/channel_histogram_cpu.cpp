@@ -38,6 +38,7 @@ Loop loop_for(Isa isa) {
     case Isa::avx2:
       return avx2::channel_histogram_loop;
     case Isa::avx512:
+    case Isa::vnni:
     case Isa::amx:
       return avx512::channel_histogram_loop;
 #elif defined(__aarch64__)

@@ -17,11 +17,9 @@ struct Level {
   Isa isa;
   const char* name;
 };
-constexpr Level kLevels[] = {{Isa::portable, "portable"},
-                             {Isa::avx2, "avx2"},
-                             {Isa::avx512, "avx512"},
-                             {Isa::amx, "amx"},
-                             {Isa::neon, "neon"}};
+constexpr Level kLevels[] = {{Isa::portable, "portable"}, {Isa::avx2, "avx2"},
+                             {Isa::avx512, "avx512"},     {Isa::vnni, "vnni"},
+                             {Isa::amx, "amx"},           {Isa::neon, "neon"}};
 
 std::string available_names() {
   std::string names;
@@ -85,6 +83,8 @@ bool isa_available(Isa isa) {
       return isa_available(Isa::avx2) && __builtin_cpu_supports("avx512f") &&
              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    case Isa::vnni:
+      return isa_available(Isa::avx512) && __builtin_cpu_supports("avx512vnni");
     case Isa::amx:
       return isa_available(Isa::avx512) && tiles_available();
 #elif defined(__aarch64__)

@@ -6,8 +6,9 @@ namespace pixfuse {
 
 // In the order of preference: the last one that the machine has is taken. The names are in
 // python/pixfuse/_library.py.
-// `amx` is `avx512` with a matrix unit for bytes, which only some operators have a loop for.
-enum class Isa : int32_t { portable = 0, avx2 = 1, avx512 = 2, neon = 3, amx = 4 };
+// `vnni` is `avx512` whose vectors multiply bytes, `amx` that with a matrix unit for bytes: only
+// some operators have loops for them.
+enum class Isa : int32_t { portable = 0, avx2 = 1, avx512 = 2, neon = 3, amx = 4, vnni = 5 };
 
 // Whether loops for this level were compiled in and this machine can run them.
 bool isa_available(Isa isa);

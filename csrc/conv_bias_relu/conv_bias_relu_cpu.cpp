@@ -32,33 +32,45 @@ constexpr int64_t kMostTapsApart = 192;
 
 struct Loops {
   int64_t lanes;
-  int64_t (*max_vectors)(bool planes_of_floats);
+  int64_t max_vectors;
   void (*convolve)(const ConvBiasReluJob&, int64_t first, int64_t last, const Scratch&);
   void (*winograd)(const ConvBiasReluJob&, int64_t first, int64_t last, const Scratch&);
   void (*relu_count)(const ReluCountJob&, int64_t first, int64_t last);
-  // Where there is a matrix unit, else null.
+  // Where bytes are multiplied, else null; in tiles, or in vectors.
   void (*digits)(const ConvBiasReluJob&, int64_t first, int64_t last, const Scratch&) = nullptr;
+  Digits::PackVector pack_digits = nullptr;
+  bool in_tiles = false;
 };
 
 Loops loops_for(Isa isa) {
   switch (isa) {
 #if defined(__x86_64__)
     case Isa::avx2:
-      return {avx2::vector_lanes(), avx2::max_vectors, avx2::conv_bias_relu_loop,
+      return {avx2::vector_lanes(), avx2::max_vectors(), avx2::conv_bias_relu_loop,
               avx2::winograd_loop, avx2::relu_count_loop};
     case Isa::avx512:
-      return {avx512::vector_lanes(), avx512::max_vectors, avx512::conv_bias_relu_loop,
+      return {avx512::vector_lanes(), avx512::max_vectors(), avx512::conv_bias_relu_loop,
               avx512::winograd_loop, avx512::relu_count_loop};
+    case Isa::vnni:
+      return {avx512::vector_lanes(), avx512::max_vectors(),   avx512::conv_bias_relu_loop,
+              avx512::winograd_loop,  avx512::relu_count_loop, vnni::digits_loop,
+              vnni::pack_digits};
     case Isa::amx:
-      return {avx512::vector_lanes(), avx512::max_vectors,     avx512::conv_bias_relu_loop,
-              avx512::winograd_loop,  avx512::relu_count_loop, amx::digits_loop};
+      return {avx512::vector_lanes(),
+              avx512::max_vectors(),
+              avx512::conv_bias_relu_loop,
+              avx512::winograd_loop,
+              avx512::relu_count_loop,
+              amx::digits_loop,
+              amx::pack_digits,
+              true};
 #elif defined(__aarch64__)
     case Isa::neon:
-      return {neon::vector_lanes(), neon::max_vectors, neon::conv_bias_relu_loop,
+      return {neon::vector_lanes(), neon::max_vectors(), neon::conv_bias_relu_loop,
               neon::winograd_loop, neon::relu_count_loop};
 #endif
     default:
-      return {portable::vector_lanes(), portable::max_vectors, portable::conv_bias_relu_loop,
+      return {portable::vector_lanes(), portable::max_vectors(), portable::conv_bias_relu_loop,
               portable::winograd_loop, portable::relu_count_loop};
   }
 }
@@ -196,9 +208,12 @@ int32_t conv_bias_relu_cpu(const ConvBiasReluArgs& args, ParallelFor parallel_fo
   std::optional<Bounds> bounds;
   if (args.input_type == ElementType::uint8) {
     bounds.emplace(args);
-    if (loops.digits != nullptr && digits_suit(args, *bounds)) {
-      digits.emplace(args, *bounds, vectors * loops.lanes);
-    } else if (winograd_suits(args, *bounds)) {
+    const bool in_points = winograd_suits(args, *bounds);
+    // Half the multiplications are fewer than vectors save by multiplying bytes, but not tiles.
+    if (loops.digits != nullptr && digits_suit(args, *bounds, loops.in_tiles) &&
+        (loops.in_tiles || !in_points)) {
+      digits.emplace(args, *bounds, vectors * loops.lanes, loops.in_tiles);
+    } else if (in_points) {
       winograd.emplace(args);
     }
   }
@@ -206,21 +221,17 @@ int32_t conv_bias_relu_cpu(const ConvBiasReluArgs& args, ParallelFor parallel_fo
   const bool direct = !digits.has_value() && !winograd.has_value();
   const std::vector<bool> dead =
       direct ? std::vector<bool>(static_cast<size_t>(outputs)) : bounds->dead_channels();
-  const bool planes = args.output_strides[1] != 1 && direct;
-  // Of more channels the sums take so long that planes can be made of them afterwards.
-  const bool many = channels > kMaxDirectChannels;
-  const bool planes_of_floats = planes && args.output_type == ElementType::float32;
-  const int64_t most = loops.max_vectors(planes_of_floats && !many);
+  const int64_t most = loops.max_vectors;
   job.blocks = {loops.lanes, vectors, (vectors + most - 1) / most};
   if (digits.has_value()) digits->choose_rows(args, job.blocks.count > 1);
+  job.planes = direct && args.output_strides[1] != 1 && args.output_type == ElementType::float32;
+  job.runs_apart = job.planes && channels > kMaxDirectChannels;
+  job.rows_staged = job.planes ? rows_staged(width) : 1;
   // A line of the caches that is stored past them in part takes longer than through them. So all
-  // lines are whole, and those of planes, which the direct way does not store so, whole vectors of
-  // the pixels that are computed at once.
+  // lines are whole, and those of planes whole vectors of the pixels that are turned at once.
   const bool pixels_are_lines = args.output_strides[1] == 1 && outputs % kLineFloats == 0;
-  job.runs_apart = planes_of_floats && many;
-  job.rows_staged = job.runs_apart ? rows_staged(width) : 1;
-  const int64_t run = digits.has_value() ? digits->rows_at_once * width : width;
-  const bool runs_are_lines = !direct && loops.lanes == kLineFloats && outputs % loops.lanes == 0 &&
+  const int64_t run = width * (digits.has_value() ? digits->rows_at_once : job.rows_staged);
+  const bool runs_are_lines = loops.lanes == kLineFloats && outputs % loops.lanes == 0 &&
                               args.output_strides[3] == 1 && run % kLineFloats == 0 &&
                               height * width % kLineFloats == 0;
   job.past_caches = args.past_caches && args.output_type == ElementType::float32 &&
@@ -228,7 +239,7 @@ int32_t conv_bias_relu_cpu(const ConvBiasReluArgs& args, ParallelFor parallel_fo
                     reinterpret_cast<uintptr_t>(args.output) % kCacheLineBytes == 0;
   const bool pixels_are_interleaved =
       channels > 1 && args.input_strides[1] == 1 && args.input_strides[3] == channels;
-  job.interleaved_lines = pixels_are_interleaved || many;
+  job.interleaved_lines = pixels_are_interleaved || channels > kMaxDirectChannels;
   job.line_pixels = (width - 1) * args.stride[1] + (args.kernel[1] - 1) * args.dilation[1] + 1;
   job.line_floats = round_up(job.line_pixels * channels, 16);
   int64_t weights_per_output = args.kernel[0] * args.kernel[1] * channels;
@@ -241,7 +252,8 @@ int32_t conv_bias_relu_cpu(const ConvBiasReluArgs& args, ParallelFor parallel_fo
     job.digits = &digits->plan;
     job.line_floats =
         round_up(job.line_pixels * channels, 64) / static_cast<int64_t>(sizeof(float));
-    weights_per_output = digits->weight_bytes_per_output() / static_cast<int64_t>(sizeof(float));
+    weights_per_output =
+        digits->plan.weight_bytes_per_output() / static_cast<int64_t>(sizeof(float));
   }
   const int64_t padded = vectors * loops.lanes;
   const int64_t weight_floats = weights_per_output * padded;
@@ -267,7 +279,8 @@ int32_t conv_bias_relu_cpu(const ConvBiasReluArgs& args, ParallelFor parallel_fo
   if (winograd.has_value()) {
     winograd->pack_weight(args, job.blocks, dead, weight.get());
   } else if (digits.has_value()) {
-    digits->pack_weight(args, *bounds, dead, reinterpret_cast<int8_t*>(weight.get()));
+    digits->pack_weight(args, *bounds, dead, loops.pack_digits,
+                        reinterpret_cast<int8_t*>(weight.get()));
   } else {
     if (pack_weight(job, weight.get())) leave_out_padding_if_possible(job);
     job.reads_input =

@@ -2,8 +2,8 @@
 //
 // Tiles of a few pixels times a few vectors of output channels are summed up in registers: each
 // value of a line is broadcast, and multiplied with the weights of its tap. A tile of floats is
-// finished there too, ReLU, counts and order included; what is rounded to 16 bits, or fills no
-// vector, is staged for that, and so are planes of what more channels are summed up to.
+// finished there too, ReLU and counts included. What becomes planes, or fills no vector, goes over
+// the stage; what is rounded to 16 bits is finished there.
 #include "common/read_ahead.h"
 #include "conv_bias_relu/lines.h"
 #include "conv_bias_relu/rows.h"
@@ -23,15 +23,6 @@ constexpr int kTilePixels[kMaxVectors] = {12, 12, 8, 6};
 #else
 constexpr int kTilePixels[kMaxVectors] = {10, 6};
 #endif
-
-// Where there are registers for a square of sums, it is transposed in them: for outputs whose
-// pixels of a channel lie side by side.
-#if defined(__AVX512F__)
-constexpr bool kSquareTiles = true;
-#else
-constexpr bool kSquareTiles = false;
-#endif
-constexpr int kMostTilePixels = kLanes > 14 ? kLanes : 14;
 
 // Pixels that are computed in one go where they need no stage: whole tiles of the most vectors, and
 // so few that a sum of theirs in float32 is right to 1e-5.
@@ -74,16 +65,18 @@ struct Tile {
   bool past_caches;  // where the place is pixels
   Ahead* input;      // what lines are filled with next, or read next
   Ahead* output;     // where the place is the stage of planes
-  Counts* counts;
+  // What counts, of each vector.
+  Integers* active;
+  Vector* sum;
 };
 
 // What happens to a tile's sums: they are stored on the stage, to be finished from there; or they
-// are finished and stored in an output where the channels of a pixel, or the pixels of a channel,
-// are side by side; or they are finished and stored on the stage, for planes. For the last, runs of
-// taps are summed up apart: torch's convolution of planes adds up no more at a time.
-enum class Place { stage, pixels, planes, planes_stage };
+// are finished, and stored in an output where the channels of a pixel are side by side, or on the
+// stage, for planes. For the last, runs of taps can be summed up apart: torch's convolution of
+// planes of many channels adds up no more at a time.
+enum class Place { stage, pixels, planes, planes_of_runs };
 
-// `out` has a distance of `step` floats between pixels, or between planes; on the stage, none.
+// `out` has a distance of `step` floats between pixels.
 template <Place place, int vectors, int pixels>
 void run_tile(const Tile& tile, float* out, int64_t step) {
   // The stores come after so much arithmetic that their lines can be in the cache by then.
@@ -95,13 +88,9 @@ void run_tile(const Tile& tile, float* out, int64_t step) {
           __builtin_prefetch(out + q.value * step + line.value * kLineFloats, 1);
         });
       });
-  } else if constexpr (place == Place::planes) {
-    unrolled<kLanes>([&](auto c) __attribute__((always_inline)) {
-      __builtin_prefetch(out + c.value * step, 1);
-    });
   }
   Vector sums[vectors * pixels];
-  constexpr bool runs_apart = place == Place::planes_stage;
+  constexpr bool runs_apart = place == Place::planes_of_runs;
   const auto bias = [&](int v)
                         __attribute__((always_inline)) { return load(tile.bias + v * kLanes); };
   unrolled<vectors>([&](auto v) __attribute__((always_inline)) {
@@ -172,48 +161,27 @@ void run_tile(const Tile& tile, float* out, int64_t step) {
     return;
   }
   unrolled<vectors>([&](auto v) __attribute__((always_inline)) {
-    Integers active = tile.counts->active[v.value];
-    Vector total = tile.counts->sum[v.value];
+    Integers active = tile.active[v.value];
+    Vector total = tile.sum[v.value];
     unrolled<pixels>([&](auto q) __attribute__((always_inline)) {
-      Vector& y = sums[q.value * vectors + v.value];
-      y = relu(y);
+      const Vector y = relu(sums[q.value * vectors + v.value]);
       active = count_positive(active, y);
       total += y;
-      if constexpr (place == Place::pixels) {
-        float* const to = out + q.value * step + v.value * kLanes;
-        tile.past_caches ? store_past_caches(to, y) : store(to, y);
-      } else if constexpr (place == Place::planes_stage) {
-        store(out + (q.value * vectors + v.value) * kLanes, y);
-      }
+      float* const to = out + q.value * step + v.value * kLanes;
+      place == Place::pixels&& tile.past_caches ? store_past_caches(to, y) : store(to, y);
     });
-    tile.counts->active[v.value] = active;
-    tile.counts->sum[v.value] = total;
+    tile.active[v.value] = active;
+    tile.sum[v.value] = total;
   });
-  if constexpr (place == Place::planes) {
-    Vector square[kLanes];
-    unrolled<kLanes>([&](auto q) __attribute__((always_inline)) {
-      square[q.value] = q.value < pixels ? sums[q.value < pixels ? q.value : 0] : Vector{};
-    });
-    transpose<kLanes / 2>(square);
-    unrolled<kLanes>([&](auto c) __attribute__((always_inline)) {
-      if constexpr (pixels == kLanes) {
-        store(out + c.value * step, square[c.value]);
-      } else {
-        store_exact(out + c.value * step, square[c.value], pixels);
-      }
-    });
-  }
 }
 
 using RunTile = void (*)(const Tile&, float*, int64_t);
 struct TileTable {
-  RunTile of[kMaxVectors][kMostTilePixels];
+  RunTile of[kMaxVectors][kTilePixels[0]];
 };
 
 // How many of `left` pixels the next tile takes: few different numbers, as each is a function.
-template <Place place>
 constexpr int64_t tile_pixels(int64_t vectors, int64_t left) {
-  if (place == Place::planes) return left >= kLanes ? kLanes : left > 8 ? (left + 1) / 2 : left;
   const int64_t most = kTilePixels[vectors - 1];
   return left >= most ? most : left >= 4 ? 4 : left >= 2 ? 2 : 1;
 }
@@ -224,9 +192,9 @@ inline int64_t tiles_of(int64_t vectors, int64_t pixels) {
   return (pixels + most - 1) / most;
 }
 
-template <Place place, int vectors, int pixels = kMostTilePixels>
+template <Place place, int vectors = kMaxVectors, int pixels = kTilePixels[0]>
 constexpr void fill_tiles(TileTable& table) {
-  if constexpr (tile_pixels<place>(vectors, pixels) == pixels) {
+  if constexpr (tile_pixels(vectors, pixels) == pixels) {
     table.of[vectors - 1][pixels - 1] = run_tile<place, vectors, pixels>;
   }
   if constexpr (pixels > 1) {
@@ -239,10 +207,7 @@ constexpr void fill_tiles(TileTable& table) {
 template <Place place>
 constexpr TileTable all_tiles() {
   TileTable table{};
-  constexpr int vectors = place == Place::planes ? 1 : kMaxVectors;
-  if constexpr (place != Place::planes || kSquareTiles) {
-    fill_tiles<place, vectors>(table);
-  }
+  fill_tiles<place>(table);
   return table;
 }
 template <Place place>
@@ -255,18 +220,19 @@ template <Place place, int vectors>
 void run_tiles(const Tile& tiles, int64_t pixels, float* out, int64_t step) {
   Tile tile = tiles;
   for (int64_t left = pixels; left > 0;) {
-    const int64_t width = tile_pixels<place>(vectors, left);
+    const int64_t width = tile_pixels(vectors, left);
     tile.first_padding = left == pixels ? tiles.first_padding : 0;
     tile.last_padding = left == width ? tiles.last_padding : 0;
+    if constexpr (place == Place::planes) tile.output->ask<1>();
     kTiles<place>.of[vectors - 1][width - 1](tile, out, step);
     tile.line_start += width * tile.pixel_step;
-    out += width * (place == Place::planes ? 1 : step);
+    out += width * step;
     left -= width;
   }
 }
 
-// One block of channels of one output row. With runs apart, `staged` pixels are on the stage
-// already, of the rows before; more are turned when it is full, or all with the `last` row.
+// One block of channels of one output row. Of planes `staged` pixels are on the stage already, of
+// the rows before; they are turned when it is full, and with the `last` row.
 template <class T, int vectors>
 void run_row(const ConvBiasReluJob& job, const Tile& row_tile, int64_t channels,
              const Totals& totals, T* out, float* stage, int64_t& staged, bool last) {
@@ -276,42 +242,37 @@ void run_row(const ConvBiasReluJob& job, const Tile& row_tile, int64_t channels,
   const bool whole = channels >= vectors * kLanes;
   Tile tile = row_tile;
   const bool pixels_are_stored = __is_same(T, float) && whole && channel_step == 1;
+  constexpr int64_t step = vectors * kLanes;
   const int64_t most = kRowPixels;
   for (int64_t begin = 0; begin < width; begin += most) {
     const int64_t pixels = width - begin < most ? width - begin : most;
-    Counts counts;
-    tile.counts = &counts;
+    Counts<vectors> counts;
+    tile.active = counts.active;
+    tile.sum = counts.sum;
     tile.line_start = row_tile.line_start + begin * tile.pixel_step;
     tile.first_padding = begin == 0 ? row_tile.first_padding : 0;
     tile.last_padding = begin + pixels == width ? row_tile.last_padding : 0;
     T* const to = out + begin * pixel_step;
-    bool done = false;
     if constexpr (__is_same(T, float)) {
-      if (pixels_are_stored) {
-        run_tiles<Place::pixels, vectors>(tile, pixels, to, pixel_step);
-        done = true;
-      } else if (job.runs_apart) {
-        constexpr int64_t step = vectors * kLanes;
+      if (job.planes) {
         float* const at = stage + staged * step;
-        run_tiles<Place::planes_stage, vectors>(tile, pixels, at, step);
+        job.runs_apart ? run_tiles<Place::planes_of_runs, vectors>(tile, pixels, at, step)
+                       : run_tiles<Place::planes, vectors>(tile, pixels, at, step);
         add_counts<vectors>(counts, totals, at, pixels, channels, step, 1);
         staged += pixels;
         const int64_t left = width - begin - pixels;
         const int64_t next = left > 0 ? left : width;
         if (staged + (next < most ? next : most) > kStagePixels || (last && left == 0)) {
-          store_planes<T, vectors>(stage, staged, channels, to + pixels - staged, channel_step);
+          store_planes<T, vectors>(stage, staged, channels, to + pixels - staged, channel_step,
+                                   job.past_caches);
           staged = 0;
         }
         continue;
-      } else if constexpr (kSquareTiles && vectors == 1) {
-        if (whole) {
-          run_tiles<Place::planes, 1>(tile, pixels, to, channel_step);
-          done = true;
-        }
       }
+      if (pixels_are_stored) run_tiles<Place::pixels, vectors>(tile, pixels, to, pixel_step);
     }
-    if (!done) {
-      run_tiles<Place::stage, vectors>(tile, pixels, stage, vectors * kLanes);
+    if (!pixels_are_stored) {
+      run_tiles<Place::stage, vectors>(tile, pixels, stage, step);
       counts = finish<T, vectors>(stage, pixels);
       if (channel_step == 1) {
         store_pixels<T, vectors>(stage, pixels, channels, to, pixel_step);
@@ -366,7 +327,7 @@ void run_items(const ConvBiasReluJob& job, int64_t first, int64_t last, const Sc
   const auto next_output = [&](const RowBlock& row, const T* out) {
     const int64_t left = args.output_sizes[1] - row.channel, most = row.vectors * kLanes;
     Ahead ahead{reinterpret_cast<uintptr_t>(out)};
-    if (!job.runs_apart) return ahead;
+    if (!job.planes || job.past_caches) return ahead;
     ahead.runs = left < most ? left : most;
     ahead.step = args.output_strides[1] * static_cast<int64_t>(sizeof(T));
     ahead.bytes = row.rows * args.output_strides[2] * static_cast<int64_t>(sizeof(T));
@@ -377,7 +338,7 @@ void run_items(const ConvBiasReluJob& job, int64_t first, int64_t last, const Sc
     Ahead input = next_input(row), output = next_output(row, out);
     const int64_t times = row.rows * kernel_rows * tiles_of(row.vectors, args.output_sizes[3]);
     input.share_out(times);
-    output.share_out(times);
+    output.share_out(job.runs_apart ? times : times / kernel_rows);
     int64_t staged = 0;
     for (int64_t y = 0; y < row.rows; ++y) {
       const float* const* const lines = row.lines + y * kernel_rows;
@@ -397,6 +358,7 @@ void run_items(const ConvBiasReluJob& job, int64_t first, int64_t last, const Sc
                       job.past_caches,
                       &input,
                       &output,
+                      nullptr,
                       nullptr};
       run_row<T>(row.vectors, job, tile, args.output_sizes[1] - row.channel, row.totals,
                  out + y * args.output_strides[2], row.stage, staged, y + 1 == row.rows);
@@ -409,9 +371,7 @@ void run_items(const ConvBiasReluJob& job, int64_t first, int64_t last, const Sc
 }  // namespace
 
 int64_t vector_lanes() { return kLanes; }
-int64_t max_vectors(bool planes_of_floats) {
-  return kSquareTiles && planes_of_floats ? 1 : kMaxVectors;
-}
+int64_t max_vectors() { return kMaxVectors; }
 
 void conv_bias_relu_loop(const ConvBiasReluJob& job, int64_t first, int64_t last,
                          const Scratch& scratch) {

@@ -49,7 +49,8 @@ struct ConvBiasReluJob {
   bool interleaved_lines;        // lines hold pixels side by side; else one run for each channel
   bool leaves_out_padding;       // lines have none
   bool reads_input;              // nor are there lines: rows of the input are read in its place
-  bool runs_apart;               // runs of taps are summed up apart, for planes
+  bool planes;                   // of floats, and directly
+  bool runs_apart;               // runs of taps are summed up apart, for planes of many channels
   int64_t rows_staged;           // rows of the output that are turned together for planes, else 1
   int64_t first_padding;         // taps of a kernel row that are left out at a row's first pixel
   int64_t last_padding;          // and at its last one
@@ -98,12 +99,11 @@ struct ReluCountJob {
 };
 constexpr int64_t kRunPixels = 512;
 
-// max_vectors: how many vectors of output channels one pass over the input computes at most, of
-// outputs that are planes of floats, or others. The loops do the items [first, last); those of a
-// convolution are counted along an image, then images.
+// max_vectors: how many vectors of output channels one pass over the input computes at most. The
+// loops do the items [first, last); those of a convolution are counted along an image, then images.
 namespace portable {
 int64_t vector_lanes();
-int64_t max_vectors(bool planes_of_floats);
+int64_t max_vectors();
 void conv_bias_relu_loop(const ConvBiasReluJob& job, int64_t first, int64_t last,
                          const Scratch& scratch);
 void winograd_loop(const ConvBiasReluJob& job, int64_t first, int64_t last, const Scratch& scratch);
@@ -111,7 +111,7 @@ void relu_count_loop(const ReluCountJob& job, int64_t first, int64_t last);
 }  // namespace portable
 namespace avx2 {
 int64_t vector_lanes();
-int64_t max_vectors(bool planes_of_floats);
+int64_t max_vectors();
 void conv_bias_relu_loop(const ConvBiasReluJob& job, int64_t first, int64_t last,
                          const Scratch& scratch);
 void winograd_loop(const ConvBiasReluJob& job, int64_t first, int64_t last, const Scratch& scratch);
@@ -119,18 +119,25 @@ void relu_count_loop(const ReluCountJob& job, int64_t first, int64_t last);
 }  // namespace avx2
 namespace avx512 {
 int64_t vector_lanes();
-int64_t max_vectors(bool planes_of_floats);
+int64_t max_vectors();
 void conv_bias_relu_loop(const ConvBiasReluJob& job, int64_t first, int64_t last,
                          const Scratch& scratch);
 void winograd_loop(const ConvBiasReluJob& job, int64_t first, int64_t last, const Scratch& scratch);
 void relu_count_loop(const ReluCountJob& job, int64_t first, int64_t last);
 }  // namespace avx512
+namespace vnni {
+void digits_loop(const ConvBiasReluJob& job, int64_t first, int64_t last, const Scratch& scratch);
+void pack_digits(const DigitsPlan& plan, const DigitsWeights& from, int8_t* packed,
+                 int32_t* starts);
+}  // namespace vnni
 namespace amx {
 void digits_loop(const ConvBiasReluJob& job, int64_t first, int64_t last, const Scratch& scratch);
+void pack_digits(const DigitsPlan& plan, const DigitsWeights& from, int8_t* packed,
+                 int32_t* starts);
 }  // namespace amx
 namespace neon {
 int64_t vector_lanes();
-int64_t max_vectors(bool planes_of_floats);
+int64_t max_vectors();
 void conv_bias_relu_loop(const ConvBiasReluJob& job, int64_t first, int64_t last,
                          const Scratch& scratch);
 void winograd_loop(const ConvBiasReluJob& job, int64_t first, int64_t last, const Scratch& scratch);

@@ -13,16 +13,14 @@ namespace {
 
 constexpr int64_t kVector = 16;  // output channels side by side
 constexpr int64_t kChannels = kMostPixelBytes;
-constexpr int64_t kQuadBytes = 4;  // of a patch, that lie side by side for each output channel
-constexpr int64_t kTile = kStepBytes * kVector;
 
 // The largest number of three digits that has a negative, too.
 constexpr double kMostSteps = 127 * 65536 + 127 * 256 + 127;
 // The smallest weight, times the scale, whose steps are floats with all their bits.
 constexpr double kLeast = 0x1p-90;
 // Fewer multiplications are not what a call takes its time for: then the direct way is as fast, or
-// faster, since it has less to do for each output.
-constexpr int64_t kLeastTaps = 48;
+// faster, since it has less to do for each output. Vectors save less of them than tiles.
+constexpr int64_t kLeastTapsOfTiles = 48, kLeastTapsOfVectors = 64;
 // Pixels of a kernel whose products fit an int32.
 constexpr int64_t kMostPixels = 1 << 14;
 static_assert(int64_t{255} * 128 * kMostPixelBytes * kMostPixels <= INT32_MAX);
@@ -89,19 +87,12 @@ std::vector<double> offsets_of(const ConvBiasReluArgs& args, int64_t output,
   return offsets;
 }
 
-// Of a number of steps, rounded: the lowest digit in the lowest byte. With 128 added to each digit
-// none is negative, and the bytes of the number are the digits; less 128, they have another sign.
-uint32_t digits_of(double steps) {
-  constexpr double kRound = 0x1.8p52;  // leaves no bits below 1, and a whole number in the low ones
-  constexpr uint32_t kOffsets = 0x808080;
-  return (static_cast<uint32_t>(std::bit_cast<uint64_t>(steps + kRound)) + kOffsets) ^ kOffsets;
-}
-
 }  // namespace
 
-bool digits_suit(const ConvBiasReluArgs& args, const Bounds& bounds) {
+bool digits_suit(const ConvBiasReluArgs& args, const Bounds& bounds, bool in_tiles) {
+  const int64_t least = in_tiles ? kLeastTapsOfTiles : kLeastTapsOfVectors;
   const int64_t pixels = args.kernel[0] * args.kernel[1];
-  if (args.input_sizes[1] > kChannels || pixels * args.input_sizes[1] < kLeastTaps ||
+  if (args.input_sizes[1] > kChannels || pixels * args.input_sizes[1] < least ||
       pixels > kMostPixels || !bounds.are_kept()) {
     return false;
   }
@@ -121,8 +112,9 @@ bool digits_suit(const ConvBiasReluArgs& args, const Bounds& bounds) {
   return true;
 }
 
-Digits::Digits(const ConvBiasReluArgs& args, const Bounds& bounds, int64_t padded_outputs)
-    : step(static_cast<size_t>(padded_outputs), 1.0f) {
+Digits::Digits(const ConvBiasReluArgs& args, const Bounds& bounds, int64_t padded_outputs,
+               bool in_tiles)
+    : step(static_cast<size_t>(padded_outputs), 1.0f), starts(step.size() * kDigits) {
   plan.is_signed = !black_is_zero(args);
   const auto steps = [&](int64_t row) {
     return (args.kernel[0] * row + kStepBytes - 1) / kStepBytes;
@@ -131,8 +123,10 @@ Digits::Digits(const ConvBiasReluArgs& args, const Bounds& bounds, int64_t padde
   plan.steps = steps(row_bytes);
   // Rows that no end of a line of the caches divides are stored faster.
   const auto apart = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(row_bytes)));
-  plan.row_step = steps(apart) == plan.steps ? apart : row_bytes;
+  plan.row_step = in_tiles && steps(apart) == plan.steps ? apart : row_bytes;
+  plan.quads = (args.kernel[0] * plan.row_step + kQuadBytes - 1) / kQuadBytes;
   plan.step = step.data();
+  plan.starts = starts.data();
   if (bounds.is_padded() && plan.is_signed) {
     row_parts = parts_of(args, 0, row_bias);
     column_parts = parts_of(args, 1, column_bias);
@@ -202,7 +196,7 @@ void Digits::put_biases(const ConvBiasReluArgs& args, int64_t output, const Digi
 }
 
 void Digits::pack_weight(const ConvBiasReluArgs& args, const Bounds& bounds,
-                         const std::vector<bool>& dead, int8_t* packed) {
+                         const std::vector<bool>& dead, PackVector pack_vector, int8_t* packed) {
   const int64_t outputs = args.output_sizes[1], channels = args.input_sizes[1];
   Line lines[kChannels];
   for (int64_t c = 0; c < channels; ++c) lines[c] = line_of(args, c, plan.is_signed ? 128.0 : 0.0);
@@ -219,12 +213,7 @@ void Digits::pack_weight(const ConvBiasReluArgs& args, const Bounds& bounds,
       step[o] = std::nextafter(static_cast<float>(most / kMostSteps), HUGE_VALF);
     }
   }
-  // What each byte of a patch is multiplied with: weights[offset] * scale.
-  struct Byte {
-    int64_t offset;
-    double scale;
-  };
-  std::vector<Byte> bytes(static_cast<size_t>(plan.patch_bytes()));  // else nothing
+  std::vector<DigitsWeights::Byte> bytes(static_cast<size_t>(plan.patch_bytes()));  // else nothing
   for (int64_t ky = 0; ky < args.kernel[0]; ++ky) {
     size_t at = static_cast<size_t>(ky * plan.row_step);
     for (int64_t kx = 0; kx < args.kernel[1]; ++kx) {
@@ -233,32 +222,14 @@ void Digits::pack_weight(const ConvBiasReluArgs& args, const Bounds& bounds,
       }
     }
   }
-  // A row of a tile at a time: neighbouring output channels, at four bytes of a patch.
   for (int64_t first = 0; first < outputs; first += kVector) {
     const int64_t count = std::min(kVector, outputs - first);
-    const float* const weights = args.weight + first * strides[0];
-    double per_step[kVector] = {};  // 0 also for what there is not
+    double per_step[kVector] = {};
     for (int64_t o = 0; o < count; ++o) per_step[o] = dead[first + o] ? 0.0 : 1.0 / step[first + o];
-    int8_t* const tiles = packed + first / kVector * kDigits * plan.steps * kTile;
-    for (int64_t quad = 0; quad < plan.patch_bytes() / kQuadBytes; ++quad) {
-      uint32_t of_byte[kQuadBytes][kVector];
-      for (int64_t i = 0; i < kQuadBytes; ++i) {
-        const Byte& byte = bytes[quad * kQuadBytes + i];
-        const float* const weight = weights + byte.offset;
-        double factors[kVector] = {};
-        for (int64_t o = 0; o < count; ++o) factors[o] = weight[o * strides[0]] * byte.scale;
-        for (int64_t o = 0; o < kVector; ++o) of_byte[i][o] = digits_of(factors[o] * per_step[o]);
-      }
-      for (int64_t digit = 0; digit < kDigits; ++digit) {
-        uint32_t row[kVector];  // of four bytes each
-        for (int64_t o = 0; o < kVector; ++o) {
-          const auto byte = [&](int64_t i) { return of_byte[i][o] >> (8 * digit) & 0xff; };
-          row[o] = byte(0) | byte(1) << 8 | byte(2) << 16 | byte(3) << 24;
-        }
-        std::memcpy(tiles + digit * plan.steps * kTile + quad * kVector * kQuadBytes, row,
-                    sizeof row);
-      }
-    }
+    const DigitsWeights weights{args.weight + first * strides[0], strides[0], count, per_step,
+                                bytes.data()};
+    pack_vector(plan, weights, packed + first * plan.weight_bytes_per_output(),
+                &starts[static_cast<size_t>(first * kDigits)]);
   }
 }
 

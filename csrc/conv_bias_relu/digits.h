@@ -1,4 +1,5 @@
-// Convolutions of bytes in whole numbers: for processors whose matrix unit multiplies bytes.
+// Convolutions of bytes in whole numbers: for processors that multiply bytes, in tiles of a matrix
+// unit or in vectors.
 //
 // A pixel is a whole number already, and so is a weight, once it is measured in steps that are
 // small enough: 2^-23 of the largest one of its output channel, about. Such a number has three
@@ -30,6 +31,9 @@ constexpr int64_t kMostPixelBytes = 3;
 // Bytes of one row of a left operand of matrix_tiles.h.
 constexpr int64_t kStepBytes = 64;
 
+// Bytes of a patch whose weights lie side by side for each output channel.
+constexpr int64_t kQuadBytes = 4;
+
 // All bytes that an output pixel sees are brought side by side, row of the kernel after row of it:
 // a patch, that is a row of the left operands, one step after the other. The tiles of weights are
 // [vector of 16 output channels][digit][step], as matrix_tiles.h has the right operand.
@@ -37,19 +41,41 @@ struct DigitsPlan {
   bool is_signed;    // z is 128
   int64_t row_step;  // bytes of a patch from one row of the kernel to the next
   int64_t steps;
+  int64_t quads;      // fours of bytes of a patch that are used
   const float* step;  // [vectors * 16 output channels]
+  // [vector][digit][output channel]: what sums begin with whose patches are x, though z is 128.
+  const int32_t* starts;
   // Of an output row and of an output column: the biases of an output pixel, of all output
   // channels, are at the sum of the two in the job's `bias`.
   const int64_t *row_bias, *column_bias;
   bool is_gathered_once;   // all patches of the rows that are computed at once, for all blocks
-  int64_t scratch_floats;  // sums, and those patches, or as many as there are sums for
+  int64_t scratch_floats;  // sums, and those patches, or a group of them
 
   int64_t patch_bytes() const { return steps * kStepBytes; }
+  int64_t weight_bytes_per_output() const { return patch_bytes() * kDigits; }
 };
 
-// Output pixels, and digits of two vectors of output channels, whose sums are held at a time.
-constexpr int64_t kDigitsPixels = 32;
+// Weights of up to 16 output channels, to be packed.
+struct DigitsWeights {
+  // What a byte of a patch is multiplied with: weights[offset] * scale.
+  struct Byte {
+    int64_t offset;
+    double scale;
+  };
+  const float* weights;  // of the first output channel
+  int64_t output_step;   // floats from one output channel to the next
+  int64_t outputs;
+  const double* per_step;  // [16]: 1 / step, 0 where all digits are to be 0
+  const Byte* bytes;       // [patch bytes]
+};
+
+// Output pixels whose patches are held at a time, at most; of that many the sums in float32 are
+// right to 1e-5.
+constexpr int64_t kDigitsPixels = 64;
+
+// Of what tiles hold at a time, the sums in memory: pixels, and digits of two vectors.
+constexpr int64_t kTilesPixels = 32;
 constexpr int64_t kDigitsColumns = 2 * kDigits;
-constexpr int64_t kDigitsSumFloats = kDigitsColumns * kDigitsPixels * 16;
+constexpr int64_t kDigitsSumFloats = kDigitsColumns * kTilesPixels * 16;
 
 }  // namespace pixfuse

@@ -1,9 +1,9 @@
-// The convolution by digits.h. Compiled for processors with tiles, with PIXFUSE_ISA naming its
-// namespace.
+// The convolution by digits.h. Compiled for processors with tiles, and for those whose vectors
+// multiply bytes (VNNI), with PIXFUSE_ISA naming its namespace.
 //
 // A row of input becomes bytes in the order of a patch when it comes, and is held as that. Then the
 // patches of some output pixels are brought together, if they fit once for all output channels.
-// Sums of up to 32 pixels stay in tiles until the kernel is through.
+// Sums stay in tiles, or in registers, until the kernel is through.
 #include "common/matrix_tiles.h"
 #include "conv_bias_relu/rows.h"
 #include "conv_bias_relu/stage.h"
@@ -12,6 +12,14 @@ namespace pixfuse::PIXFUSE_ISA {
 namespace {
 
 static_assert(kLanes == kTileRows && kStepBytes == kTileRowBytes);
+
+// Vectors multiply unsigned bytes with signed ones. So patches are x, also where z is 128: the sums
+// begin with what that is too much.
+#if defined(__AVX512VNNI__)
+constexpr bool kPatchesAreUnsigned = true;
+#else
+constexpr bool kPatchesAreUnsigned = false;
+#endif
 
 // --- input ---
 
@@ -109,17 +117,30 @@ void fill_line(const ConvBiasReluJob& job, int64_t n, int64_t row, float* line) 
   }
 }
 
+// --- weights ---
+
+// Of a number of steps, rounded: the lowest digit in the lowest byte. With 128 added to each digit
+// none is negative, and the bytes of the number are the digits; less 128, they have another sign.
+inline uint32_t digits_of(double steps) {
+  constexpr double kRound = 0x1.8p52;  // leaves no bits below 1, and a whole number in the low ones
+  constexpr uint32_t kOffsets = 0x808080;
+  return (static_cast<uint32_t>(__builtin_bit_cast(uint64_t, steps + kRound)) + kOffsets) ^
+         kOffsets;
+}
+
 // --- patches ---
 
 // Copies `count` rows of a kernel, each from `from_step` and to `to_step` bytes after the one
-// before.
-void copy_rows(const uint8_t* from, int64_t from_step, int64_t count, int64_t bytes, uint8_t* to,
-               int64_t to_step) {
+// before; `flip` is what their bytes are to differ by.
+void copy_rows(const uint8_t* from, int64_t from_step, int64_t count, int64_t bytes, uint8_t flip,
+               uint8_t* to, int64_t to_step) {
   const auto bits = [](int64_t number) { return ~uint64_t{0} >> (64 - number); };
+  const __m512i flips = _mm512_set1_epi8(static_cast<char>(flip));
   if (bytes <= 32) {
     const auto mask = static_cast<__mmask32>(bits(bytes));
     for (int64_t i = 0; i < count; ++i) {
-      _mm256_mask_storeu_epi8(to, mask, _mm256_maskz_loadu_epi8(mask, from));
+      const __m256i loaded = _mm256_maskz_loadu_epi8(mask, from);
+      _mm256_mask_storeu_epi8(to, mask, _mm256_xor_si256(loaded, _mm512_castsi512_si256(flips)));
       from += from_step;
       to += to_step;
     }
@@ -128,8 +149,8 @@ void copy_rows(const uint8_t* from, int64_t from_step, int64_t count, int64_t by
   for (; bytes > 0; bytes -= 64, from += 64, to += 64) {
     const __mmask64 mask = bits(bytes < 64 ? bytes : 64);
     for (int64_t i = 0; i < count; ++i) {
-      _mm512_mask_storeu_epi8(to + i * to_step, mask,
-                              _mm512_maskz_loadu_epi8(mask, from + i * from_step));
+      const __m512i loaded = _mm512_maskz_loadu_epi8(mask, from + i * from_step);
+      _mm512_mask_storeu_epi8(to + i * to_step, mask, _mm512_xor_si512(loaded, flips));
     }
   }
 }
@@ -143,6 +164,7 @@ void gather(const ConvBiasReluJob& job, const RowBlock& row, int64_t begin, int6
   // A row of a kernel with gaps comes pixel by pixel.
   const int64_t pieces = args.dilation[1] > 1 ? args.kernel[1] : 1;
   const int64_t bytes = args.kernel[1] / pieces * args.input_sizes[1];
+  const uint8_t flip = kPatchesAreUnsigned && plan.is_signed ? 0x80 : 0;
   for (int64_t pixel = begin; pixel < end;) {
     const int64_t y = pixel / width, x = pixel % width;
     const int64_t count = end - pixel < width - x ? end - pixel : width - x;
@@ -151,7 +173,7 @@ void gather(const ConvBiasReluJob& job, const RowBlock& row, int64_t begin, int6
       for (int64_t piece = 0; piece < pieces; ++piece) {
         const int64_t from = x * args.stride[1] + piece * args.dilation[1];
         copy_rows(line + from * args.input_sizes[1], args.stride[1] * args.input_sizes[1], count,
-                  bytes, patches + ky * plan.row_step + piece * bytes, patch_bytes);
+                  bytes, flip, patches + ky * plan.row_step + piece * bytes, patch_bytes);
       }
     }
     patches += count * patch_bytes;
@@ -159,9 +181,178 @@ void gather(const ConvBiasReluJob& job, const RowBlock& row, int64_t begin, int6
   }
 }
 
+// --- outputs ---
+
+inline Integers load_integers(const void* from) {
+  Integers v;
+  __builtin_memcpy(&v, from, sizeof v);
+  return v;
+}
+
+// What the sums of the digits are multiplied with.
+struct Steps {
+  Vector low, middle, high;
+
+  explicit Steps(const float* step) : low(load(step)), middle(low * 256.0f), high(low * 65536.0f) {}
+  Vector output(Integers lows, Integers middles, Integers highs, Vector bias) const {
+    Vector y = multiply_add(__builtin_convertvector(lows, Vector), low, bias);
+    y = multiply_add(__builtin_convertvector(middles, Vector), middle, y);
+    return multiply_add(__builtin_convertvector(highs, Vector), high, y);
+  }
+};
+
+// Where a vector of output channels goes, of some pixels: with ReLU, and counted.
+template <class T>
+class Outputs {
+ public:
+  Outputs(const ConvBiasReluJob& job, const RowBlock& row, int64_t vector, T* out)
+      : channels(job.args.output_sizes[1] - row.channel - vector * kLanes),
+        channel_step(job.args.output_strides[1]),
+        pixel_step(job.args.output_strides[3]),
+        is_straight(channel_step == 1 && channels >= kLanes),
+        past_caches(job.past_caches),
+        stage(row.stage),
+        out(out + vector * kLanes * channel_step),
+        totals{row.totals.active + vector * kLanes, row.totals.nan + vector * kLanes,
+               row.totals.sum + vector * kLanes} {}
+
+  // Asks for the lines of the caches that planes are going to be stored to: up to 16 channels of a
+  // few pixels each, more than a processor foresees.
+  void prefetch_planes(int64_t pixels) const {
+    if (channel_step == 1 || past_caches) return;
+    for (int64_t c = 0; c < channels && c < kLanes; ++c) {
+      const auto* const first = reinterpret_cast<const char*>(out + c * channel_step);
+      const auto* const last = reinterpret_cast<const char*>(out + c * channel_step + pixels) - 1;
+      for (const char* at = first; at < last; at += 64) __builtin_prefetch(at, 1);
+      __builtin_prefetch(last, 1);
+    }
+  }
+
+  // The same of pixels.
+  template <int pixels>
+  void prefetch_pixels(int64_t first) const {
+    if (!is_straight || past_caches) return;
+    unrolled<pixels>([&](auto p) __attribute__((always_inline)) {
+      __builtin_prefetch(out + (first + p.value) * pixel_step, 1);
+    });
+  }
+
+  [[gnu::always_inline]] void put(int64_t pixel, Vector sum, Counts<1>& counts) const {
+    const Vector y = round_as<T>(relu(sum));
+    counts.active[0] = count_positive(counts.active[0], y);
+    counts.sum[0] += y;
+    if (!is_straight) {
+      store(stage + pixel * kLanes, y);
+    } else if (__is_same(T, float) && past_caches) {
+      store_past_caches(reinterpret_cast<float*>(out + pixel * pixel_step), y);
+    } else {
+      store_exact(out + pixel * pixel_step, y);
+    }
+  }
+
+  // All of the pixels have been put.
+  void finish(int64_t pixels, const Counts<1>& counts) const {
+    if (!is_straight && channel_step == 1) {
+      store_pixels<T, 1>(stage, pixels, channels, out, pixel_step);
+    } else if (!is_straight) {
+      store_planes<T, 1>(stage, pixels, channels, out, channel_step, past_caches);
+    }
+    add_counts<1>(counts, totals, out, pixels, channels, pixel_step, channel_step);
+  }
+
+ private:
+  int64_t channels, channel_step, pixel_step;
+  bool is_straight, past_caches;
+  float* stage;
+  T* out;
+  Totals totals;
+};
+
 // --- sums ---
 
-constexpr int kGroupTiles = kDigitsPixels / kTileRows;
+#if defined(__AVX512VNNI__)
+
+// Pixels whose sums of all digits are in registers at a time, with the weights.
+constexpr int kDotPixels = 8;
+constexpr int64_t kGroupPixels = kDigitsPixels;
+
+// Four bytes of each patch are multiplied with a vector's weights at a time.
+template <class T, int pixels>
+void sum_up(const DigitsPlan& plan, const uint8_t* patches, const int8_t* weight,
+            const int32_t* start, const Steps& steps, const float* bias, const int64_t* biases,
+            const Outputs<T>& outputs, int64_t first, Counts<1>& counts) {
+  const int64_t patch_bytes = plan.patch_bytes(), digit_bytes = patch_bytes * kLanes;
+  outputs.template prefetch_pixels<pixels>(first);
+  Integers sums[kDigits * pixels];
+  unrolled<kDigits>([&](auto digit) __attribute__((always_inline)) {
+    const Integers before = load_integers(start + digit.value * kLanes);
+    unrolled<pixels>([&](auto p) __attribute__((always_inline)) {
+      sums[p.value * kDigits + digit.value] = before;
+    });
+  });
+  for (int64_t quad = 0; quad < plan.quads; ++quad) {
+    Integers w[kDigits];
+    unrolled<kDigits>([&](auto digit) __attribute__((always_inline)) {
+      w[digit.value] = load_integers(weight + digit.value * digit_bytes);
+    });
+    unrolled<pixels>([&](auto p) __attribute__((always_inline)) {
+      int32_t four;
+      __builtin_memcpy(&four, patches + p.value * patch_bytes, sizeof four);
+      const __m512i bytes = _mm512_set1_epi32(four);
+      unrolled<kDigits>([&](auto digit) __attribute__((always_inline)) {
+        Integers& sum = sums[p.value * kDigits + digit.value];
+        sum = (Integers)_mm512_dpbusd_epi32((__m512i)sum, bytes, (__m512i)w[digit.value]);
+      });
+    });
+    patches += kQuadBytes;
+    weight += kStepBytes;
+  }
+  Counts<1> all = counts;
+  unrolled<pixels>([&](auto p) __attribute__((always_inline)) {
+    const Integers* const of = sums + p.value * kDigits;
+    outputs.put(first + p.value, steps.output(of[0], of[1], of[2], load(bias + biases[p.value])),
+                all);
+  });
+  counts = all;
+}
+
+template <class T, bool is_signed>
+void run_group(const ConvBiasReluJob& job, const RowBlock& row, const uint8_t* patches,
+               const int64_t* biases, int64_t pixels, int32_t*, T* out) {
+  const DigitsPlan& plan = *job.digits;
+  for (int64_t v = 0; v < row.vectors; ++v) {
+    const int64_t channel = row.channel + v * kLanes;
+    const Outputs<T> outputs(job, row, v, out);
+    outputs.prefetch_planes(pixels);
+    const auto* const weight =
+        reinterpret_cast<const int8_t*>(job.weight) + channel * plan.weight_bytes_per_output();
+    const int32_t* const start = plan.starts + channel * kDigits;
+    const Steps steps(plan.step + channel);
+    Counts<1> counts;
+    for (int64_t p = 0; p < pixels;) {
+      const auto sum = [&](auto count) {
+        sum_up<T, count.value>(plan, patches + p * plan.patch_bytes(), weight, start, steps,
+                               job.bias + channel, biases + p, outputs, p, counts);
+        p += count.value;
+      };
+      if (pixels - p >= kDotPixels) {
+        sum(Constant<kDotPixels>{});
+      } else if (pixels - p >= 4) {
+        sum(Constant<4>{});
+      } else if (pixels - p >= 2) {
+        sum(Constant<2>{});
+      } else {
+        sum(Constant<1>{});
+      }
+    }
+    outputs.finish(pixels, counts);
+  }
+}
+
+#else
+
+constexpr int64_t kGroupPixels = kTilesPixels;
+constexpr int kGroupTiles = kTilesPixels / kTileRows;
 constexpr int kTileSums = kTileRows * kLanes;
 constexpr int kColumnSums = kGroupTiles * kTileSums;
 static_assert(kGroupTiles == 2 && kDigitsSumFloats == kDigitsColumns * kColumnSums);
@@ -205,105 +396,40 @@ void sum_up(const DigitsPlan& plan, const uint8_t* patches, int64_t tiles, const
              : sum_up<is_signed, 2, columns>(plan, patches, weight, sums);
 }
 
-// --- outputs ---
-
-inline Vector sum_at(const int32_t* sums) {
-  Integers whole;
-  __builtin_memcpy(&whole, sums, sizeof whole);
-  return __builtin_convertvector(whole, Vector);
-}
-
-// From the sums of some pixels and a vector of channels to the output and its counts. `biases`:
-// where those of each pixel are.
-template <class T>
-void put_out(const ConvBiasReluJob& job, const RowBlock& row, int64_t vector, const int32_t* sums,
-             const int64_t* biases, int64_t pixels, T* out) {
-  const ConvBiasReluArgs& args = job.args;
-  const int64_t channel_step = args.output_strides[1], pixel_step = args.output_strides[3];
-  const int64_t channel = row.channel + vector * kLanes;
-  const int64_t channels = args.output_sizes[1] - channel;
-  const bool straight = channel_step == 1 && channels >= kLanes;
-  const Vector step = load(job.digits->step + channel);
-  const float* const bias = job.bias + channel;
-  const Vector middle = step * 256.0f, high = step * 65536.0f;
-  Counts counts;
-  for (int64_t p = 0; p < pixels; ++p) {
-    Vector y = multiply_add(sum_at(sums), step, load(bias + biases[p]));
-    y = multiply_add(sum_at(sums + kColumnSums), middle, y);
-    y = multiply_add(sum_at(sums + 2 * kColumnSums), high, y);
-    y = round_as<T>(relu(y));
-    counts.active[0] = count_positive(counts.active[0], y);
-    counts.sum[0] += y;
-    if (!straight) {
-      store(row.stage + p * kLanes, y);
-    } else if (__is_same(T, float) && job.past_caches) {
-      store_past_caches(reinterpret_cast<float*>(out + p * pixel_step), y);
-    } else {
-      store_exact(out + p * pixel_step, y);
-    }
-    sums += kLanes;
-  }
-  if (!straight && channel_step == 1) {
-    store_pixels<T, 1>(row.stage, pixels, channels, out, pixel_step);
-  } else if (!straight) {
-    store_planes<T, 1>(row.stage, pixels, channels, out, channel_step, job.past_caches);
-  }
-  const Totals totals{row.totals.active + vector * kLanes, row.totals.nan + vector * kLanes,
-                      row.totals.sum + vector * kLanes};
-  add_counts<1>(counts, totals, out, pixels, channels, pixel_step, channel_step);
-}
-
-// Asks for the lines of the caches that planes are going to be stored to: up to 16 channels of a
-// few pixels each, more than a processor foresees.
-template <class T>
-void prefetch_planes(const T* out, int64_t channels, int64_t plane, int64_t pixels) {
-  for (int64_t c = 0; c < channels && c < kLanes; ++c) {
-    const auto* const first = reinterpret_cast<const char*>(out + c * plane);
-    const auto* const last = reinterpret_cast<const char*>(out + c * plane + pixels) - 1;
-    for (const char* at = first; at < last; at += 64) __builtin_prefetch(at, 1);
-    __builtin_prefetch(last, 1);
-  }
-}
-
-// One block of channels of up to 32 pixels, from the pixel `begin` on.
 template <class T, bool is_signed>
 void run_group(const ConvBiasReluJob& job, const RowBlock& row, const uint8_t* patches,
-               int64_t begin, int64_t pixels, int32_t* sums, T* out) {
+               const int64_t* biases, int64_t pixels, int32_t* sums, T* out) {
   const DigitsPlan& plan = *job.digits;
-  const int64_t width = job.args.output_sizes[3];
-  int64_t biases[kDigitsPixels];
-  int64_t y = row.first_row + begin / width, x = begin % width;
-  for (int64_t p = 0; p < pixels; ++p) {
-    biases[p] = plan.row_bias[y] + plan.column_bias[x];
-    if (++x == width) {
-      x = 0;
-      ++y;
-    }
-  }
-  const int64_t channel_step = job.args.output_strides[1];
-  const auto* const weight = reinterpret_cast<const int8_t*>(job.weight) +
-                             row.channel / kLanes * kDigits * plan.steps * kTileBytes;
+  const auto* const weight =
+      reinterpret_cast<const int8_t*>(job.weight) + row.channel * plan.weight_bytes_per_output();
   const int64_t tiles = pixels > kTileRows ? 2 : 1, columns = row.vectors * kDigits;
-  int64_t finished = 0;  // vectors
   for (int64_t column = 0; column < columns; column += 2) {
-    const int64_t complete = (column + 2) / kDigits;  // after the next sums
-    if (channel_step != 1 && !job.past_caches && finished < complete) {
-      const int64_t channel = finished * kLanes;
-      prefetch_planes(out + channel * channel_step,
-                      job.args.output_sizes[1] - row.channel - channel, channel_step, pixels);
-    }
+    const int64_t vector = column / kDigits, channel = row.channel + vector * kLanes;
+    const bool is_last = (column + 2) / kDigits > vector;  // of the vector's columns
+    const Outputs<T> outputs(job, row, vector, out);
+    if (is_last) outputs.prefetch_planes(pixels);
     const int8_t* const factors = weight + column * plan.steps * kTileBytes;
     int32_t* const to = sums + column % kDigitsColumns * kColumnSums;
     column + 1 < columns ? sum_up<is_signed, 2>(plan, patches, tiles, factors, to)
                          : sum_up<is_signed, 1>(plan, patches, tiles, factors, to);
-    for (; finished < complete; ++finished) {
-      put_out<T>(job, row, finished, sums + finished * kDigits % kDigitsColumns * kColumnSums,
-                 biases, pixels, out + finished * kLanes * channel_step);
+    if (!is_last) continue;
+    const Steps steps(plan.step + channel);
+    const int32_t* at = sums + vector * kDigits % kDigitsColumns * kColumnSums;
+    Counts<1> counts;
+    for (int64_t p = 0; p < pixels; ++p, at += kLanes) {
+      const Integers low = load_integers(at), middle = load_integers(at + kColumnSums);
+      const Integers high = load_integers(at + 2 * kColumnSums);
+      outputs.put(p, steps.output(low, middle, high, load(job.bias + channel + biases[p])), counts);
     }
+    outputs.finish(pixels, counts);
   }
 }
 
-// One block of channels of some output rows.
+#endif
+
+// --- rows ---
+
+// One block of channels of some output rows, a group of pixels at a time.
 template <class T, bool is_signed>
 void run_block(const ConvBiasReluJob& job, const RowBlock& row, float* scratch) {
   int32_t* const sums = reinterpret_cast<int32_t*>(scratch);
@@ -311,14 +437,22 @@ void run_block(const ConvBiasReluJob& job, const RowBlock& row, float* scratch) 
   T* const out = static_cast<T*>(job.args.output) + row.output_offset;
   const DigitsPlan& plan = *job.digits;
   // The output is dense: its rows are one run of pixels.
-  const int64_t pixels = row.rows * job.args.output_sizes[3];
+  const int64_t width = job.args.output_sizes[3], pixels = row.rows * width;
   if (plan.is_gathered_once && row.channel == 0) gather(job, row, 0, pixels, patches);
-  for (int64_t begin = 0; begin < pixels; begin += kDigitsPixels) {
-    const int64_t end = pixels - begin < kDigitsPixels ? pixels : begin + kDigitsPixels;
+  int64_t biases[kGroupPixels], y = row.first_row, x = 0;
+  for (int64_t begin = 0; begin < pixels; begin += kGroupPixels) {
+    const int64_t end = pixels - begin < kGroupPixels ? pixels : begin + kGroupPixels;
     if (!plan.is_gathered_once) gather(job, row, begin, end, patches);
+    for (int64_t p = 0; p < end - begin; ++p) {
+      biases[p] = plan.row_bias[y] + plan.column_bias[x];
+      if (++x == width) {
+        x = 0;
+        ++y;
+      }
+    }
     run_group<T, is_signed>(job, row,
                             patches + (plan.is_gathered_once ? begin * plan.patch_bytes() : 0),
-                            begin, end - begin, sums, out + begin * job.args.output_strides[3]);
+                            biases, end - begin, sums, out + begin * job.args.output_strides[3]);
   }
 }
 
@@ -327,19 +461,52 @@ void run_items(const ConvBiasReluJob& job, int64_t first, int64_t last, const Sc
   float* const own = scratch.floats + scratch_floats(job) - job.digits->scratch_floats;
   const auto fill = [&](int64_t n, int64_t row, float* line) { fill_line(job, n, row, line); };
   const auto run = [&](const RowBlock& row) { run_block<T, is_signed>(job, row, own); };
-  begin_tiles();
+  if (!kPatchesAreUnsigned) begin_tiles();
   run_rows(job, first, last, scratch, fill, run, job.rows_at_once);
-  end_tiles();
+  if (!kPatchesAreUnsigned) end_tiles();
   if (job.past_caches) finish_past_caches();
 }
 
 template <class T>
 void run_items(const ConvBiasReluJob& job, int64_t first, int64_t last, const Scratch& scratch) {
-  if (job.digits->is_signed) return run_items<T, true>(job, first, last, scratch);
+  if constexpr (!kPatchesAreUnsigned) {
+    if (job.digits->is_signed) return run_items<T, true>(job, first, last, scratch);
+  }
   run_items<T, false>(job, first, last, scratch);
 }
 
 }  // namespace
+
+// A row of a tile at a time: neighbouring output channels, at four bytes of a patch.
+void pack_digits(const DigitsPlan& plan, const DigitsWeights& from, int8_t* packed,
+                 int32_t* starts) {
+  int32_t start[kDigits][kLanes] = {};
+  for (int64_t quad = 0; quad < plan.patch_bytes() / kQuadBytes; ++quad) {
+    uint32_t of_byte[kQuadBytes][kLanes];
+    for (int64_t i = 0; i < kQuadBytes; ++i) {
+      const DigitsWeights::Byte& byte = from.bytes[quad * kQuadBytes + i];
+      const float* const weight = from.weights + byte.offset;
+      float factors[kLanes] = {};
+      for (int64_t o = 0; o < from.outputs; ++o) factors[o] = weight[o * from.output_step];
+      for (int o = 0; o < kLanes; ++o) {
+        of_byte[i][o] = digits_of(double{factors[o]} * byte.scale * from.per_step[o]);
+      }
+    }
+    for (int64_t digit = 0; digit < kDigits; ++digit) {
+      uint32_t row[kLanes];  // of four bytes each
+      for (int o = 0; o < kLanes; ++o) {
+        const auto byte = [&](int i) { return of_byte[i][o] >> (8 * digit) & 0xff; };
+        row[o] = byte(0) | byte(1) << 8 | byte(2) << 16 | byte(3) << 24;
+        for (int i = 0; i < kQuadBytes; ++i) {
+          start[digit][o] -= 128 * static_cast<int8_t>(row[o] >> (8 * i));
+        }
+      }
+      __builtin_memcpy(packed + digit * plan.patch_bytes() * kLanes + quad * sizeof row, row,
+                       sizeof row);
+    }
+  }
+  if (plan.is_signed) __builtin_memcpy(starts, start, sizeof start);
+}
 
 void digits_loop(const ConvBiasReluJob& job, int64_t first, int64_t last, const Scratch& scratch) {
   with_output_type(job,

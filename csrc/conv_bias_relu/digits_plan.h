@@ -9,7 +9,7 @@ namespace pixfuse {
 // Whether it is as good as torch's: for bytes of up to three channels, as what normalizes them
 // bounds them, and for finite weights that are not so small that their steps have no float. It does
 // not depend on the number of images: a batch has the bits of its images.
-bool digits_suit(const ConvBiasReluArgs& args, const Bounds& bounds);
+bool digits_suit(const ConvBiasReluArgs& args, const Bounds& bounds, bool in_tiles);
 
 struct Digits {
   // normalized(x) = scale * (x - z) + offset.
@@ -25,19 +25,22 @@ struct Digits {
   DigitsPlan plan{};                           // points into `step`
   int64_t rows_at_once;                        // of the output
   std::vector<float> step;                     // of each output channel
+  std::vector<int32_t> starts;                 // of each digit of each output channel
   std::vector<int64_t> row_bias, column_bias;  // of each output row, and of each output column
   std::vector<float> bias;  // [part of the kernel][padded outputs], with the offsets
 
-  Digits(const ConvBiasReluArgs& args, const Bounds& bounds, int64_t padded_outputs);
+  // `in_tiles`: what multiplies takes signed bytes too, but only whole steps.
+  Digits(const ConvBiasReluArgs& args, const Bounds& bounds, int64_t padded_outputs, bool in_tiles);
   Digits(const Digits&) = delete;
   Digits& operator=(const Digits&) = delete;
 
   // For all output channels at once, or one block of them after the other.
   void choose_rows(const ConvBiasReluArgs& args, bool in_blocks);
-  int64_t weight_bytes_per_output() const { return plan.patch_bytes() * kDigits; }
-  // As digits.h has it, and the biases; zeros for a dead channel.
+  // As digits.h has it, and the biases; zeros for a dead channel. `pack_vector`: pack_digits of
+  // the instruction set.
+  using PackVector = void (*)(const DigitsPlan&, const DigitsWeights&, int8_t*, int32_t*);
   void pack_weight(const ConvBiasReluArgs& args, const Bounds& bounds,
-                   const std::vector<bool>& dead, int8_t* packed);
+                   const std::vector<bool>& dead, PackVector pack_vector, int8_t* packed);
 
  private:
   void put_biases(const ConvBiasReluArgs& args, int64_t output, const Line* lines, double offsets);

@@ -28,9 +28,10 @@ template <int count, class Body>
 
 // Counts and sums of one channel block over a few pixels, so few that a sum in float32 is right to
 // 1e-5.
+template <int vectors>
 struct Counts {
-  Integers active[kMaxVectors] = {};
-  Vector sum[kMaxVectors] = {};
+  Integers active[vectors] = {};
+  Vector sum[vectors] = {};
 };
 
 // Sums and counts of one item, at the first channel of a block.
@@ -42,8 +43,8 @@ struct Totals {
 
 // ReLU, rounding and activity of `pixels` times `vectors` on the stage, where the results stay.
 template <class T, int vectors>
-Counts finish(float* stage, int64_t pixels) {
-  Counts counts;
+Counts<vectors> finish(float* stage, int64_t pixels) {
+  Counts<vectors> counts;
   for (int64_t p = 0; p < pixels; ++p) {
     for (int v = 0; v < vectors; ++v) {
       float* at = stage + (p * vectors + v) * kLanes;
@@ -59,22 +60,16 @@ Counts finish(float* stage, int64_t pixels) {
 // Adds the counts of some pixels. The NaNs are counted in what became of the pixels: value (p, c)
 // is at p * pixel_step + c * channel_step.
 template <int vectors, class T>
-void add_counts(const Counts& counts, const Totals& totals, const T* values, int64_t pixels,
-                int64_t channels, int64_t pixel_step, int64_t channel_step) {
-  int32_t active[vectors * kLanes];
-  float sums[vectors * kLanes];
-  __builtin_memcpy(active, counts.active, sizeof active);
-  __builtin_memcpy(sums, counts.sum, sizeof sums);
-  for (int i = 0; i < vectors * kLanes; ++i) {
-    totals.active[i] += active[i];
-    totals.sum[i] += static_cast<double>(sums[i]);
+void add_counts(const Counts<vectors>& counts, const Totals& totals, const T* values,
+                int64_t pixels, int64_t channels, int64_t pixel_step, int64_t channel_step) {
+  for (int v = 0; v < vectors; ++v) {
+    add_to(totals.active + v * kLanes, counts.active[v]);
+    add_to(totals.sum + v * kLanes, counts.sum[v]);
   }
   // No output is below 0, so a sum is NaN only when one of the outputs is.
   Integers any_nan = counts.sum[0] != counts.sum[0];
   for (int v = 1; v < vectors; ++v) any_nan |= counts.sum[v] != counts.sum[v];
-  int32_t found = 0;
-  for (int i = 0; i < kLanes; ++i) found |= any_nan[i];
-  if (found == 0) return;
+  if (!is_any(any_nan)) return;
   for (int64_t c = 0; c < vectors * kLanes && c < channels; ++c) {
     for (int64_t p = 0; p < pixels; ++p) {
       const float value = to_float(values[p * pixel_step + c * channel_step]);
@@ -112,10 +107,10 @@ void store_planes(const float* stage, int64_t pixels, int64_t channels, T* out, 
     const int64_t wanted = left < kLanes ? left : kLanes;
     for (int64_t p = 0; p < pixels; p += kLanes) {
       const int64_t count = pixels - p < kLanes ? pixels - p : kLanes;
-      Vector square[kLanes] = {};
-      for (int64_t i = 0; i < count; ++i) {
-        square[i] = load(stage + ((p + i) * vectors + v) * kLanes);
-      }
+      Vector square[kLanes];  // whatever is on the stage behind the last pixel: it is not stored
+      unrolled<kLanes>([&](auto i) __attribute__((always_inline)) {
+        square[i.value] = load(stage + ((p + i.value) * vectors + v) * kLanes);
+      });
       transpose<kLanes / 2>(square);
       T* to = out + v * kLanes * plane + p;
       if (wanted == kLanes && count == kLanes) {

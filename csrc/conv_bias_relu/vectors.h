@@ -36,6 +36,36 @@ inline Vector load(const float* from) {
 
 inline void store(float* to, Vector v) { __builtin_memcpy(to, &v, sizeof v); }
 
+// Whether any of them is not 0.
+inline bool is_any(Integers numbers) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)numbers, (__m512i)numbers) != 0;
+#elif defined(__AVX2__)
+  return _mm256_testz_si256((__m256i)numbers, (__m256i)numbers) == 0;
+#else
+  int32_t found = 0;
+  for (int i = 0; i < kLanes; ++i) found |= numbers[i];
+  return found != 0;
+#endif
+}
+
+// To numbers of twice the width.
+inline void add_to(int64_t* to, Integers numbers) {
+  typedef int64_t Wide __attribute__((vector_size(8 * kLanes)));
+  Wide all;
+  __builtin_memcpy(&all, to, sizeof all);
+  all += __builtin_convertvector(numbers, Wide);
+  __builtin_memcpy(to, &all, sizeof all);
+}
+
+inline void add_to(double* to, Vector numbers) {
+  typedef double Wide __attribute__((vector_size(8 * kLanes)));
+  Wide all;
+  __builtin_memcpy(&all, to, sizeof all);
+  all += __builtin_convertvector(numbers, Wide);
+  __builtin_memcpy(to, &all, sizeof all);
+}
+
 // Past the caches, where the machine can: `to` is aligned to the vector. Whoever is told that the
 // work is done sees it after finish_past_caches().
 inline void store_past_caches(float* to, Vector v) {

@@ -162,8 +162,8 @@ template <int vectors>
 // ReLU and counts too, where an output has its channels side by side.
 template <int vectors, bool is_finished>
 void take_outputs(const float* sums, const float* bias, int64_t pixels, float* out, int64_t step,
-                  bool past_caches, Counts& counts) {
-  Counts all = counts;
+                  bool past_caches, Counts<vectors>& counts) {
+  Counts<vectors> all = counts;
   for (int64_t p = 0; p < pixels; p += kWinogradOutputs) {
     unrolled<vectors>([&](auto v) __attribute__((always_inline)) {
       Vector y[kWinogradOutputs];
@@ -236,7 +236,7 @@ void run_row(const ConvBiasReluJob& job, const RowBlock& row, float* sums) {
       for (const WinogradRun* r = run; r != last; ++r)
         weight += r->rows * inputs * vectors * kLanes;
     }
-    Counts counts;
+    Counts<vectors> counts;
     bool done = false;
     if constexpr (__is_same(T, float)) {
       if (channels >= vectors * kLanes && channel_step == 1) {

@@ -25,6 +25,7 @@ Loop loop_for(Isa isa) {
     case Isa::avx2:
       return avx2::normalize_parts;
     case Isa::avx512:
+    case Isa::vnni:
     case Isa::amx:
       return avx512::normalize_parts;
 #elif defined(__aarch64__)

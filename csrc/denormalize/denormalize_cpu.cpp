@@ -16,6 +16,7 @@ Loop loop_for(Isa isa) {
     case Isa::avx2:
       return avx2::denormalize_loop;
     case Isa::avx512:
+    case Isa::vnni:
     case Isa::amx:
       return avx512::denormalize_loop;
 #elif defined(__aarch64__)

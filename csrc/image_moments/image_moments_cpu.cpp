@@ -16,6 +16,7 @@ Loop loop_for(Isa isa) {
     case Isa::avx2:
       return avx2::image_moments_loop;
     case Isa::avx512:
+    case Isa::vnni:
     case Isa::amx:
       return avx512::image_moments_loop;
 #elif defined(__aarch64__)

@@ -16,6 +16,7 @@ Loop loop_for(Isa isa) {
     case Isa::avx2:
       return avx2::normalize_loop;
     case Isa::avx512:
+    case Isa::vnni:
     case Isa::amx:
       return avx512::normalize_loop;
 #elif defined(__aarch64__)

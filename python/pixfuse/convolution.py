@@ -57,12 +57,13 @@ def conv_bias_relu(
     magnitudes under 3 neighbouring outputs to each side, not under an output alone, and the last
     bits are not those of normalized floats. A channel that no image can bring above 0 is 0 still.
 
-    Where the processor multiplies matrices of bytes (``pixfuse.info()["isa"] == "amx"``), bytes of
-    up to 3 channels under kernels of 64 weights or more are summed up in whole numbers instead:
-    each weight in steps of 2**-23 of the largest of its output channel, exactly, in any order. The
-    error is no larger than that of torch's own sums in float32 for many weights, and at most twice
-    that for few; the last bits are not those of normalized floats. ``PIXFUSE_ISA=avx512`` turns it
-    off.
+    Where the processor multiplies bytes (``pixfuse.info()["isa"]`` is ``"amx"`` or ``"vnni"``),
+    bytes of up to 3 channels are summed up in whole numbers: with ``"amx"`` under kernels of
+    ``kH * kW * C`` of 48 or more, with ``"vnni"`` of 64 or more where Winograd's algorithm does not
+    apply. Each weight is taken in steps of 2**-23 of the largest of its output channel, and the sum
+    is exact, in any order. The error is no larger than that of torch's own sums in float32 for many
+    weights, and at most twice that for few; the last bits are not those of normalized floats.
+    ``PIXFUSE_ISA=avx512`` turns it off.
 
     On CUDA, tensor cores multiply 16-bit weights, and float32 ones where torch allows TF32 for
     convolutions (``torch.backends.cudnn.conv.fp32_precision``, on unless you turn it off; under

@@ -375,6 +375,7 @@ constexpr Case kCases[] = {
     {1, 16, {9, 20}, {2, 1}, {1, 1}, {0, 9}, {14, 37}},
     {2, 20, {6, 6}, {2, 1}, {1, 2}, {3, 2}, {20, 50}},
     {3, 32, {5, 5}, {1, 1}, {1, 1}, {2, 2}, {12, 40}},   // planes of whole lines of the caches
+    {3, 32, {3, 3}, {1, 1}, {1, 1}, {1, 1}, {3, 160}},   // the same, in wider rows
     {2, 64, {3, 4}, {2, 1}, {1, 1}, {2, 1}, {8, 16}},    // whole tiles, with padding left out
     {21, 50, {3, 3}, {1, 2}, {1, 1}, {1, 1}, {5, 117}},  // more channels than images have
     {37, 18, {3, 2}, {2, 1}, {1, 2}, {1, 2}, {6, 19}},
@@ -436,7 +437,7 @@ int main(int argc, char** argv) {
       return 2;
     }
   }
-  for (const Isa isa : {Isa::portable, Isa::avx2, Isa::avx512, Isa::amx, Isa::neon}) {
+  for (const Isa isa : {Isa::portable, Isa::avx2, Isa::avx512, Isa::vnni, Isa::amx, Isa::neon}) {
     if (!is_wanted(isa)) continue;
     set_active_isa(isa);
     int64_t cases = 0;

@@ -17,6 +17,7 @@ import pytest
 
 from pixfuse._library import ISA_CODES, available_isas
 from tests.build_cache import BuildCache, digest, jobs
+from tests.isas import OF_BYTES
 
 NATIVE = Path(__file__).parent
 ROOT = NATIVE.parent.parent
@@ -38,7 +39,7 @@ class Program:
     sources: tuple[str, ...]
     loops: tuple[str, ...]
     cases: int  # that it runs for each instruction set, at least
-    tiles: tuple[str, ...] = ()  # loops that only a machine with tiles has
+    of_bytes: tuple[str, ...] = ()  # loops that only a machine has that multiplies bytes
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ def build(program: Program, name: str) -> Built:
         if (
             how != NOT_RUN
             and BUILDS[how].as_in_product
-            and not (isa == "amx" and PLAIN_TILES in flags)
+            and not (isa in (None, "amx") and PLAIN_TILES in flags)
         ):
             product = _of_product(path, isa)
             if product is not None:
@@ -183,7 +184,7 @@ def build(program: Program, name: str) -> Built:
         loops = {
             (loop, isa): pool.submit(of_source, loop, isa)
             for isa in loop_flags(build.machine)
-            for loop in (program.tiles if isa == "amx" else program.loops)
+            for loop in (program.of_bytes if isa in OF_BYTES else program.loops)
         }
         # After them, when another process may have made it already.
         test = pool.submit(compiled, NATIVE / program.name, Path(program.name).stem, TEST_FLAGS)
@@ -233,7 +234,7 @@ def assert_passes(program: Program, name: str) -> None:
     result = run(program, name)
     assert result.returncode == 0, result.stdout + result.stderr
     seen = {int(code): int(cases) for code, cases in re.findall(r"isa (\d+): (\d+)", result.stdout)}
-    available = native_isas(name) - (set() if program.tiles else {"amx"})
+    available = native_isas(name) - set(() if program.of_bytes else OF_BYTES)
     assert set(seen) == {ISA_CODES[isa] for isa in available}
     assert min(seen.values()) > program.cases
 
@@ -273,7 +274,7 @@ def assert_shares_no_function(program: Program, name: str) -> None:
     """Else a machine without AVX-512 could get the AVX-512 copy of a common inline function."""
     loops = build(program, name).loops
     levels = set(loop_flags(BUILDS[name].machine))
-    assert {isa for _, isa in loops} == levels - (set() if program.tiles else {"amx"})
+    assert {isa for _, isa in loops} == levels - set(() if program.of_bytes else OF_BYTES)
     for (_, isa), compiled in loops.items():
         if BUILDS[name].rest == NOT_RUN and isa not in BUILDS[name].checked:
             continue
