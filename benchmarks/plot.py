@@ -4,7 +4,8 @@
     python -m benchmarks.plot --check   # fails when one differs from the results
 
 What is made stands between ``<!-- benchmark:start -->`` and ``<!-- benchmark:end -->``. The README
-shows who takes how long, docs/benchmarks.md every claim, met or not, and where it comes from.
+shows who takes how long, docs/benchmarks.md every claim, met or not, and where it comes from. A
+folder of the results is another machine: its claims stand beside.
 """
 
 from __future__ import annotations
@@ -64,14 +65,24 @@ def claim_lines(results: dict[str, Any]) -> list[str]:
     return lines
 
 
-def verdict(results: dict[str, Any], title: str) -> str:
+def verdict(results: dict[str, Any], others: Sequence[dict[str, Any]], title: str) -> str:
     """How many targets were met, which were not, and where all of them stand."""
-    claims = results["claims"]
-    missed = [item["claim"] for item in claims if item["met"] is False]
-    met = sum(1 for item in claims if item["met"])
+
+    def missed(some: dict[str, Any]) -> str:
+        names = [item["claim"] for item in some["claims"] if item["met"] is False]
+        return f"; missed: {'; '.join(names)}" if names else ""
+
+    def met(some: dict[str, Any]) -> int:
+        return sum(1 for item in some["claims"] if item["met"])
+
     anchor = title.lower().replace(",", "").replace(" ", "-")
-    text = f"{met} of [{len(claims)} targets](docs/benchmarks.md#{anchor}) are met"
-    return f"{text}; missed: {'; '.join(missed)}." if missed else f"{text}."
+    targets = f"[{len(results['claims'])} targets](docs/benchmarks.md#{anchor})"
+    return " ".join(
+        [
+            f"{met(results)} of {targets} are met{missed(results)}.",
+            *(f"On {machine(other)}: {met(other)}{missed(other)}." for other in others),
+        ]
+    )
 
 
 def origin(results: dict[str, Any]) -> str:
@@ -698,7 +709,9 @@ REPORTS = (
 )
 
 
-def readme_section(report: Report, results: dict[str, Any], chart: str) -> str:
+def readme_section(
+    report: Report, results: dict[str, Any], others: Sequence[dict[str, Any]], chart: str
+) -> str:
     return "\n".join(
         [
             f"### {report.title}",
@@ -707,13 +720,18 @@ def readme_section(report: Report, results: dict[str, Any], chart: str) -> str:
             "",
             f"![{report.chart}]({chart})",
             "",
-            verdict(results, report.title),
+            verdict(results, others, report.title),
         ]
     )
 
 
-def details_section(report: Report, results: dict[str, Any]) -> str:
-    return "\n".join([f"## {report.title}", "", *report.details(results)])
+def details_section(
+    report: Report, results: dict[str, Any], others: Sequence[dict[str, Any]]
+) -> str:
+    lines = [f"## {report.title}", "", f"On {machine(results)}:", "", *report.details(results)]
+    for other in others:
+        lines += ["", f"On {machine(other)}:", "", *claim_lines(other), "", origin(other)]
+    return "\n".join(lines)
 
 
 def with_block(path: Path, block: str) -> str:
@@ -742,11 +760,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         text = path.read_text()
         results = json.loads(text)
+        others = [
+            json.loads(other.read_text())
+            for other in sorted(options.results.glob(f"*/{path.name}"))
+        ]
         source = hashlib.sha256(text.encode()).hexdigest()
         chart = path.with_suffix(".png").resolve()
         shown = chart.relative_to(ROOT).as_posix() if chart.is_relative_to(ROOT) else chart.name
-        readme.append(readme_section(report, results, shown))
-        details.append(details_section(report, results))
+        readme.append(readme_section(report, results, others, shown))
+        details.append(details_section(report, results, others))
         if not options.check:
             report.draw(results, chart, source)
             print(f"drew {shown}")

@@ -1,6 +1,7 @@
 """The benchmarks can be believed: nothing unequal is timed, no number in the README is typed."""
 
 import dataclasses
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -116,6 +117,27 @@ def test_results_that_are_not_there_are_left_out(
     for text in texts:
         assert text.read_text() == f"before\n{plot.START}\n\n{plot.END}\nafter\n"
     assert "there is no pixels_cpu.json" in capsys.readouterr().out
+
+
+def test_results_of_another_machine_stand_beside(tmp_path: Path) -> None:
+    content = json.loads((harness.RESULTS / "pixels_cpu.json").read_text())
+    (tmp_path / "pixels_cpu.json").write_text(json.dumps(content))
+    content["machine"]["cpu"] = "abacus"
+    for item in content["claims"][:2]:
+        item["value"], item["met"] = 0.125, False
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "pixels_cpu.json").write_text(json.dumps(content))
+    texts = [tmp_path / name for name in ("readme.md", "details.md")]
+    for text in texts:
+        text.write_text(f"{plot.START}\n{plot.END}\n")
+    readme, details = map(str, texts)
+    assert plot.main(["--results", str(tmp_path), "--readme", readme, "--details", details]) == 0
+    missed = "; ".join(item["claim"] for item in content["claims"] if item["met"] is False)
+    met = sum(1 for item in content["claims"] if item["met"])
+    assert (
+        f"On abacus, {content['pixfuse']['isa']}: {met}; missed: {missed}." in texts[0].read_text()
+    )
+    assert texts[1].read_text().count("| 0.125 |") == 2
 
 
 PIXELS_PLAN = harness.Plan(rounds=1, sample_seconds=1e-4, least_rounds=1)

@@ -21,6 +21,7 @@ CONV_BIAS_RELU = Program(
         "conv_bias_relu/winograd.cpp",
     ),
     (
+        "conv_bias_relu/bounds_loop.cpp",
         "conv_bias_relu/conv_bias_relu_loop.cpp",
         "conv_bias_relu/lines_loop.cpp",
         "conv_bias_relu/relu_count_loop.cpp",

@@ -5,7 +5,6 @@
 
 #include "common/checks.h"
 #include "common/element_type.h"
-#include "common/isa.h"
 #include "common/output_buffer.h"
 
 // Since torch 2.11; the library is built for 2.10, where it is missing and outputs are fresh.
@@ -43,16 +42,13 @@ inline torch::stable::Tensor empty_cpu_output(int64_t rank, const int64_t* sizes
   return torch::stable::Tensor(handle);
 }
 
-// Whether floats at `output` are best stored past the caches: where they are so many that in the
-// caches they would push out each other before anybody reads them, and every line would be read
-// from memory just to be overwritten. The sizes are measured ones, since what the system says of
-// the last cache is not to be trusted: that of several sockets, or of all the virtual machines that
-// share it. On AMD's processors results fit a larger cache, and stores past it to pages of 4 KiB
-// took longer than others; our own blocks ask for large ones.
-inline bool is_best_past_caches(const void* output, const int64_t (&sizes)[4], ElementType dtype) {
-  const int64_t bytes = sizes[0] * sizes[1] * sizes[2] * sizes[3] * element_bytes(dtype);
-  if (is_amd()) return bytes >= int64_t{24} << 20 && is_output_buffer(output);
-  return bytes >= int64_t{8} << 20;
+// Whether floats are best stored past the caches: where they are so many that in the caches they
+// would push out each other before anybody reads them, and every line would be read from memory
+// just to be overwritten. The size is a measured one, on Intel's and on AMD's processors, since
+// what the system says of the last cache is not to be trusted: that of several sockets, or of all
+// the virtual machines that share it.
+inline bool is_best_past_caches(const int64_t (&sizes)[4], ElementType dtype) {
+  return sizes[0] * sizes[1] * sizes[2] * sizes[3] * element_bytes(dtype) >= int64_t{8} << 20;
 }
 
 }  // namespace pixfuse

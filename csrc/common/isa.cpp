@@ -96,14 +96,6 @@ bool isa_available(Isa isa) {
   }
 }
 
-bool is_amd() {
-#if defined(__x86_64__)
-  return __builtin_cpu_is("amd");
-#else
-  return false;
-#endif
-}
-
 Isa active_isa() { return active().load(std::memory_order_relaxed); }
 
 void set_active_isa(Isa isa) {

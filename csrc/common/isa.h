@@ -17,8 +17,6 @@ bool isa_available(Isa isa);
 // that does not exist or that this machine cannot run.
 Isa active_isa();
 
-bool is_amd();
-
 // For tests and benchmarks, which compare levels within one process; throws as above.
 void set_active_isa(Isa isa);
 

@@ -99,11 +99,6 @@ class Cache {
     trim(limit_bytes_);
   }
 
-  bool is_in_use(const void* memory) {
-    const std::lock_guard lock(mutex_);
-    return in_use_.contains(const_cast<void*>(memory));
-  }
-
   void empty() {
     const std::lock_guard lock(mutex_);
     forget_after_fork();
@@ -166,7 +161,6 @@ Cache& cache() {
 
 void* acquire_output_buffer(int64_t bytes) { return cache().acquire(bytes); }
 void release_output_buffer(void* block) noexcept { cache().release(block); }
-bool is_output_buffer(const void* data) { return cache().is_in_use(data); }
 void empty_output_buffers() { cache().empty(); }
 OutputBufferStatistics output_buffer_statistics() { return cache().statistics(); }
 

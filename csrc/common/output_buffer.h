@@ -24,9 +24,6 @@ void* acquire_output_buffer(int64_t bytes);
 // Takes back a block of acquire_output_buffer; from any thread, never throws.
 void release_output_buffer(void* block) noexcept;
 
-// Whether `data` is the begin of a block that is in use.
-bool is_output_buffer(const void* data);
-
 // Returns all idle blocks to the operating system.
 void empty_output_buffers();
 

@@ -29,39 +29,10 @@ double normalized(const ConvBiasReluArgs& args, const ChannelConstants& channel,
   return static_cast<float>(centered * channel.inverse_width);
 }
 
-// Of weights side by side. Several sums of each kind take turns, and a sign is a mask: then the
-// compiler uses vectors.
-WeightSums sums_of(const float* weights, int64_t count) {
-  constexpr int kTurns = 8;
-  double positive[kTurns] = {}, negative[kTurns] = {};
-  // The bits of magnitudes are in the order of the magnitudes, with NaN above all of them.
-  int32_t largest[kTurns] = {};
-  const auto add = [&](const float* from, int turns) __attribute__((always_inline)) {
-    for (int k = 0; k < turns; ++k) {
-      const auto bits = static_cast<int32_t>(bits_of(from[k]));
-      const int32_t sign = bits >> 31, magnitude = bits & 0x7fffffff;
-      positive[k] += double{float_of(static_cast<uint32_t>(bits & ~sign))};
-      negative[k] += double{float_of(static_cast<uint32_t>(bits & sign))};
-      largest[k] = largest[k] > magnitude ? largest[k] : magnitude;
-    }
-  };
-  int64_t i = 0;
-  for (; i + kTurns <= count; i += kTurns) add(weights + i, kTurns);
-  add(weights + i, static_cast<int>(count - i));
-  WeightSums sums;
-  int32_t most = 0;
-  for (int k = 0; k < kTurns; ++k) {
-    sums.positive += positive[k];
-    sums.negative += negative[k];
-    most = std::max(most, largest[k]);
-  }
-  sums.largest = float_of(static_cast<uint32_t>(most));
-  return sums;
-}
-
 }  // namespace
 
-Bounds::Bounds(const ConvBiasReluArgs& args) : args(args), padded(reaches_beyond_the_image(args)) {
+Bounds::Bounds(const ConvBiasReluArgs& args, SumWeights sum_weights)
+    : args(args), padded(reaches_beyond_the_image(args)) {
   const int64_t channels = args.input_sizes[1], rows = args.kernel[0], columns = args.kernel[1];
   const int64_t* strides = args.weight_strides;
   const bool side_by_side = strides[3] == 1 && strides[2] == columns;
@@ -78,7 +49,7 @@ Bounds::Bounds(const ConvBiasReluArgs& args) : args(args), padded(reaches_beyond
         }
         weights = plane.data();
       }
-      sums.push_back(pixfuse::sums_of(weights, rows * columns));
+      sums.push_back(sum_weights(weights, rows * columns));
     }
   }
   // Each step of the normalization keeps the order of what it is given, or turns it.

@@ -8,18 +8,11 @@
 
 namespace pixfuse {
 
-// Of an output channel and an input channel.
-struct WeightSums {
-  double positive = 0.0, negative = 0.0;
-  float largest = 0.0f;  // magnitude; infinite or NaN if one of the weights is
-
-  double sum() const { return positive + negative; }
-};
-
 class Bounds {
  public:
-  // Of bytes with at most kMaxDirectChannels channels.
-  explicit Bounds(const ConvBiasReluArgs& args);
+  // Of bytes with at most kMaxDirectChannels channels. `sum_weights`: that of the instruction set.
+  using SumWeights = WeightSums (*)(const float* weights, int64_t count);
+  Bounds(const ConvBiasReluArgs& args, SumWeights sum_weights);
 
   // Whether the kernel reaches beyond the image.
   bool is_padded() const { return padded; }

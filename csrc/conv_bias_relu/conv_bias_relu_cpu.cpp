@@ -33,6 +33,7 @@ constexpr int64_t kMostTapsApart = 192;
 struct Loops {
   int64_t lanes;
   int64_t max_vectors;
+  Bounds::SumWeights sum_weights;
   void (*convolve)(const ConvBiasReluJob&, int64_t first, int64_t last, const Scratch&);
   void (*winograd)(const ConvBiasReluJob&, int64_t first, int64_t last, const Scratch&);
   void (*relu_count)(const ReluCountJob&, int64_t first, int64_t last);
@@ -46,32 +47,32 @@ Loops loops_for(Isa isa) {
   switch (isa) {
 #if defined(__x86_64__)
     case Isa::avx2:
-      return {avx2::vector_lanes(), avx2::max_vectors(), avx2::conv_bias_relu_loop,
-              avx2::winograd_loop, avx2::relu_count_loop};
+      return {avx2::vector_lanes(),      avx2::max_vectors(), avx2::sum_weights,
+              avx2::conv_bias_relu_loop, avx2::winograd_loop, avx2::relu_count_loop};
     case Isa::avx512:
-      return {avx512::vector_lanes(), avx512::max_vectors(), avx512::conv_bias_relu_loop,
-              avx512::winograd_loop, avx512::relu_count_loop};
-    case Isa::vnni:
-      return {avx512::vector_lanes(), avx512::max_vectors(),   avx512::conv_bias_relu_loop,
-              avx512::winograd_loop,  avx512::relu_count_loop, vnni::digits_loop,
-              vnni::pack_digits};
-    case Isa::amx:
-      return {avx512::vector_lanes(),
-              avx512::max_vectors(),
-              avx512::conv_bias_relu_loop,
-              avx512::winograd_loop,
-              avx512::relu_count_loop,
-              amx::digits_loop,
-              amx::pack_digits,
-              true};
+      return {avx512::vector_lanes(),      avx512::max_vectors(), avx512::sum_weights,
+              avx512::conv_bias_relu_loop, avx512::winograd_loop, avx512::relu_count_loop};
+    case Isa::vnni: {
+      Loops loops = loops_for(Isa::avx512);
+      loops.digits = vnni::digits_loop;
+      loops.pack_digits = vnni::pack_digits;
+      return loops;
+    }
+    case Isa::amx: {
+      Loops loops = loops_for(Isa::avx512);
+      loops.digits = amx::digits_loop;
+      loops.pack_digits = amx::pack_digits;
+      loops.in_tiles = true;
+      return loops;
+    }
 #elif defined(__aarch64__)
     case Isa::neon:
-      return {neon::vector_lanes(), neon::max_vectors(), neon::conv_bias_relu_loop,
-              neon::winograd_loop, neon::relu_count_loop};
+      return {neon::vector_lanes(),      neon::max_vectors(), neon::sum_weights,
+              neon::conv_bias_relu_loop, neon::winograd_loop, neon::relu_count_loop};
 #endif
     default:
-      return {portable::vector_lanes(), portable::max_vectors(), portable::conv_bias_relu_loop,
-              portable::winograd_loop, portable::relu_count_loop};
+      return {portable::vector_lanes(),      portable::max_vectors(), portable::sum_weights,
+              portable::conv_bias_relu_loop, portable::winograd_loop, portable::relu_count_loop};
   }
 }
 
@@ -207,7 +208,7 @@ int32_t conv_bias_relu_cpu(const ConvBiasReluArgs& args, ParallelFor parallel_fo
   const int64_t vectors = (outputs + loops.lanes - 1) / loops.lanes;
   std::optional<Bounds> bounds;
   if (args.input_type == ElementType::uint8) {
-    bounds.emplace(args);
+    bounds.emplace(args, loops.sum_weights);
     const bool in_points = winograd_suits(args, *bounds);
     // Half the multiplications are fewer than vectors save by multiplying bytes, but not tiles.
     if (loops.digits != nullptr && digits_suit(args, *bounds, loops.in_tiles) &&

@@ -99,11 +99,20 @@ struct ReluCountJob {
 };
 constexpr int64_t kRunPixels = 512;
 
+// Of the weights between an input channel and an output channel.
+struct WeightSums {
+  double positive = 0.0, negative = 0.0;
+  float largest = 0.0f;  // magnitude; infinite or NaN if one of the weights is
+
+  double sum() const { return positive + negative; }
+};
+
 // max_vectors: how many vectors of output channels one pass over the input computes at most. The
 // loops do the items [first, last); those of a convolution are counted along an image, then images.
 namespace portable {
 int64_t vector_lanes();
 int64_t max_vectors();
+WeightSums sum_weights(const float* weights, int64_t count);
 void conv_bias_relu_loop(const ConvBiasReluJob& job, int64_t first, int64_t last,
                          const Scratch& scratch);
 void winograd_loop(const ConvBiasReluJob& job, int64_t first, int64_t last, const Scratch& scratch);
@@ -112,6 +121,7 @@ void relu_count_loop(const ReluCountJob& job, int64_t first, int64_t last);
 namespace avx2 {
 int64_t vector_lanes();
 int64_t max_vectors();
+WeightSums sum_weights(const float* weights, int64_t count);
 void conv_bias_relu_loop(const ConvBiasReluJob& job, int64_t first, int64_t last,
                          const Scratch& scratch);
 void winograd_loop(const ConvBiasReluJob& job, int64_t first, int64_t last, const Scratch& scratch);
@@ -120,6 +130,7 @@ void relu_count_loop(const ReluCountJob& job, int64_t first, int64_t last);
 namespace avx512 {
 int64_t vector_lanes();
 int64_t max_vectors();
+WeightSums sum_weights(const float* weights, int64_t count);
 void conv_bias_relu_loop(const ConvBiasReluJob& job, int64_t first, int64_t last,
                          const Scratch& scratch);
 void winograd_loop(const ConvBiasReluJob& job, int64_t first, int64_t last, const Scratch& scratch);
@@ -138,6 +149,7 @@ void pack_digits(const DigitsPlan& plan, const DigitsWeights& from, int8_t* pack
 namespace neon {
 int64_t vector_lanes();
 int64_t max_vectors();
+WeightSums sum_weights(const float* weights, int64_t count);
 void conv_bias_relu_loop(const ConvBiasReluJob& job, int64_t first, int64_t last,
                          const Scratch& scratch);
 void winograd_loop(const ConvBiasReluJob& job, int64_t first, int64_t last, const Scratch& scratch);

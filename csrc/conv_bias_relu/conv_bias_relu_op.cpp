@@ -3,6 +3,7 @@
 // Few input channels go through the direct convolution, and more where that is measured faster. The
 // others go through torch's own one, and the last pass over its result while that is in a cache.
 #include "common/cpu_output.h"
+#include "common/isa.h"
 #include "conv_bias_relu/conv_bias_relu_args.h"
 #include "conv_bias_relu/conv_bias_relu_loop.h"
 
@@ -106,7 +107,7 @@ Tensor convolve_directly(const Call& call, const ChannelActivity& activity) {
   args.weight = static_cast<const float*>(weight.const_data_ptr());
   args.bias = bias.has_value() ? static_cast<const float*>(bias->const_data_ptr()) : nullptr;
   args.output = output.mutable_data_ptr();
-  args.past_caches = is_best_past_caches(args.output, args.output_sizes, args.output_type);
+  args.past_caches = is_best_past_caches(args.output_sizes, args.output_type);
   args.activity = activity;
   check(conv_bias_relu_cpu(args, torch_parallel_for) == 0, kName,
         "torch's threads to run the loop");
@@ -135,8 +136,7 @@ Tensor convolve_with_torch(const Call& call, const ChannelActivity& activity) {
   std::optional<Tensor> output;
   if (!whole || images == 0) {
     output = empty_output(call);
-    args.past_caches =
-        is_best_past_caches(output->const_data_ptr(), call.output_sizes, args.output_type);
+    args.past_caches = is_best_past_caches(call.output_sizes, args.output_type);
   }
   Tensor input = call.input;
   for (int64_t first = 0; first < images; first += step) {

@@ -96,6 +96,12 @@ bool digits_suit(const ConvBiasReluArgs& args, const Bounds& bounds, bool in_til
       pixels > kMostPixels || !bounds.are_kept()) {
     return false;
   }
+  int64_t last_weight = 0;  // of an output channel, whose offsets are 32 bits
+  for (int d = 1; d < 4; ++d) {
+    const int64_t size = d == 1 ? args.input_sizes[1] : args.kernel[d - 2];
+    last_weight += (size - 1) * args.weight_strides[d];
+  }
+  if (last_weight > INT32_MAX) return false;
   const int64_t most_parts = (2 * args.kernel[0] + 1) * (2 * args.kernel[1] + 1);
   if (bounds.is_padded() && most_parts > kMostBiases / args.output_sizes[1]) return false;
   double least_scale = HUGE_VAL;
@@ -213,12 +219,14 @@ void Digits::pack_weight(const ConvBiasReluArgs& args, const Bounds& bounds,
       step[o] = std::nextafter(static_cast<float>(most / kMostSteps), HUGE_VALF);
     }
   }
-  std::vector<DigitsWeights::Byte> bytes(static_cast<size_t>(plan.patch_bytes()));  // else nothing
+  std::vector<int32_t> offsets(static_cast<size_t>(plan.patch_bytes()));
+  std::vector<double> scales(offsets.size());  // 0 where a patch has no pixel
   for (int64_t ky = 0; ky < args.kernel[0]; ++ky) {
     size_t at = static_cast<size_t>(ky * plan.row_step);
     for (int64_t kx = 0; kx < args.kernel[1]; ++kx) {
       for (int64_t c = 0; c < channels; ++c) {
-        bytes[at++] = {c * strides[1] + ky * strides[2] + kx * strides[3], lines[c].scale};
+        scales[at] = lines[c].scale;
+        offsets[at++] = static_cast<int32_t>(c * strides[1] + ky * strides[2] + kx * strides[3]);
       }
     }
   }
@@ -226,8 +234,12 @@ void Digits::pack_weight(const ConvBiasReluArgs& args, const Bounds& bounds,
     const int64_t count = std::min(kVector, outputs - first);
     double per_step[kVector] = {};
     for (int64_t o = 0; o < count; ++o) per_step[o] = dead[first + o] ? 0.0 : 1.0 / step[first + o];
-    const DigitsWeights weights{args.weight + first * strides[0], strides[0], count, per_step,
-                                bytes.data()};
+    const DigitsWeights weights{args.weight + first * strides[0],
+                                strides[0],
+                                count,
+                                per_step,
+                                offsets.data(),
+                                scales.data()};
     pack_vector(plan, weights, packed + first * plan.weight_bytes_per_output(),
                 &starts[static_cast<size_t>(first * kDigits)]);
   }

@@ -57,16 +57,13 @@ struct DigitsPlan {
 
 // Weights of up to 16 output channels, to be packed.
 struct DigitsWeights {
-  // What a byte of a patch is multiplied with: weights[offset] * scale.
-  struct Byte {
-    int64_t offset;
-    double scale;
-  };
   const float* weights;  // of the first output channel
   int64_t output_step;   // floats from one output channel to the next
   int64_t outputs;
-  const double* per_step;  // [16]: 1 / step, 0 where all digits are to be 0
-  const Byte* bytes;       // [patch bytes]
+  const double* per_step;  // [outputs]: 1 / step, 0 where all digits are to be 0
+  // [patch bytes]: what a byte is multiplied with is weights[offset] * scale.
+  const int32_t* offsets;
+  const double* scales;
 };
 
 // Output pixels whose patches are held at a time, at most; of that many the sums in float32 are

@@ -119,13 +119,28 @@ void fill_line(const ConvBiasReluJob& job, int64_t n, int64_t row, float* line) 
 
 // --- weights ---
 
-// Of a number of steps, rounded: the lowest digit in the lowest byte. With 128 added to each digit
-// none is negative, and the bytes of the number are the digits; less 128, they have another sign.
-inline uint32_t digits_of(double steps) {
-  constexpr double kRound = 0x1.8p52;  // leaves no bits below 1, and a whole number in the low ones
-  constexpr uint32_t kOffsets = 0x808080;
-  return (static_cast<uint32_t>(__builtin_bit_cast(uint64_t, steps + kRound)) + kOffsets) ^
-         kOffsets;
+// The digits of 16 weights of one output channel that lie side by side in a patch: of each four,
+// the lowest digits, the middle ones and the highest ones, four bytes each.
+__m512i digits_of(const DigitsWeights& from, int64_t output, int64_t byte) {
+  const __m512i offsets = _mm512_loadu_si512(from.offsets + byte);
+  const float* const weights = from.weights + output * from.output_step;
+  const __m512 loaded = _mm512_i32gather_ps(offsets, weights, sizeof(float));
+  const __m512d per_step = _mm512_set1_pd(from.per_step[output]);
+  const auto rounded = [&](__m256 some, const double* scales) {
+    const __m512d scaled = _mm512_mul_pd(_mm512_cvtps_pd(some), _mm512_loadu_pd(scales));
+    // Leaves no bits below 1, and a whole number in the low ones.
+    const __m512d steps = _mm512_add_pd(_mm512_mul_pd(scaled, per_step), _mm512_set1_pd(0x1.8p52));
+    return _mm512_cvtepi64_epi32(_mm512_castpd_si512(steps));
+  };
+  const __m256i low = rounded(_mm512_castps512_ps256(loaded), from.scales + byte);
+  const __m256i high = rounded(_mm512_extractf32x8_ps(loaded, 1), from.scales + byte + 8);
+  const __m512i steps = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+  // With 128 added to each digit none is negative, and the bytes of the number are the digits; less
+  // 128, they have another sign.
+  const __m512i offset = _mm512_set1_epi32(0x808080);
+  const __m512i digits = _mm512_xor_si512(_mm512_add_epi32(steps, offset), offset);
+  return _mm512_shuffle_epi8(digits, _mm512_broadcast_i32x4(_mm_set_epi8(
+                                         15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0)));
 }
 
 // --- patches ---
@@ -477,35 +492,33 @@ void run_items(const ConvBiasReluJob& job, int64_t first, int64_t last, const Sc
 
 }  // namespace
 
-// A row of a tile at a time: neighbouring output channels, at four bytes of a patch.
 void pack_digits(const DigitsPlan& plan, const DigitsWeights& from, int8_t* packed,
                  int32_t* starts) {
-  int32_t start[kDigits][kLanes] = {};
-  for (int64_t quad = 0; quad < plan.patch_bytes() / kQuadBytes; ++quad) {
-    uint32_t of_byte[kQuadBytes][kLanes];
-    for (int64_t i = 0; i < kQuadBytes; ++i) {
-      const DigitsWeights::Byte& byte = from.bytes[quad * kQuadBytes + i];
-      const float* const weight = from.weights + byte.offset;
-      float factors[kLanes] = {};
-      for (int64_t o = 0; o < from.outputs; ++o) factors[o] = weight[o * from.output_step];
-      for (int o = 0; o < kLanes; ++o) {
-        of_byte[i][o] = digits_of(double{factors[o]} * byte.scale * from.per_step[o]);
-      }
+  constexpr int kQuads = 4;  // at a time
+  const int64_t digit_bytes = plan.patch_bytes() * kLanes;
+  Integers sums[kDigits] = {};
+  for (int64_t byte = 0; byte < plan.patch_bytes(); byte += kQuads * kQuadBytes) {
+    Vector rows[kLanes];
+    for (int64_t o = 0; o < kLanes; ++o) {
+      rows[o] = o < from.outputs ? (Vector)digits_of(from, o, byte) : Vector{};
     }
-    for (int64_t digit = 0; digit < kDigits; ++digit) {
-      uint32_t row[kLanes];  // of four bytes each
-      for (int o = 0; o < kLanes; ++o) {
-        const auto byte = [&](int i) { return of_byte[i][o] >> (8 * digit) & 0xff; };
-        row[o] = byte(0) | byte(1) << 8 | byte(2) << 16 | byte(3) << 24;
-        for (int i = 0; i < kQuadBytes; ++i) {
-          start[digit][o] -= 128 * static_cast<int8_t>(row[o] >> (8 * i));
-        }
+    transpose<kLanes / 2>(rows);
+    for (int64_t quad = 0; quad < kQuads; ++quad, packed += kStepBytes) {
+      for (int64_t digit = 0; digit < kDigits; ++digit) {
+        const Vector row = rows[quad * kQuadBytes + digit];
+        __builtin_memcpy(packed + digit * digit_bytes, &row, sizeof row);
+#if defined(__AVX512VNNI__)
+        sums[digit] =
+            (Integers)_mm512_dpbusd_epi32((__m512i)sums[digit], _mm512_set1_epi8(1), (__m512i)row);
+#endif
       }
-      __builtin_memcpy(packed + digit * plan.patch_bytes() * kLanes + quad * sizeof row, row,
-                       sizeof row);
     }
   }
-  if (plan.is_signed) __builtin_memcpy(starts, start, sizeof start);
+  if (!kPatchesAreUnsigned || !plan.is_signed) return;
+  for (int64_t digit = 0; digit < kDigits; ++digit) {
+    const Integers start = sums[digit] * -128;
+    __builtin_memcpy(starts + digit * kLanes, &start, sizeof start);
+  }
 }
 
 void digits_loop(const ConvBiasReluJob& job, int64_t first, int64_t last, const Scratch& scratch) {

@@ -36,7 +36,7 @@ void normalize_out(const Tensor& images, const std::vector<double>& mean,
 
 int32_t pixfuse_normalize(const pixfuse::NormalizeArgs* args) {
   pixfuse::NormalizeArgs own = *args;
-  own.past_caches = pixfuse::is_best_past_caches(own.output, own.sizes, own.dtype);
+  own.past_caches = pixfuse::is_best_past_caches(own.sizes, own.dtype);
   return pixfuse::normalize_cpu(own, torch_parallel_for);
 }
 

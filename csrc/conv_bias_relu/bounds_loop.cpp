@@ -1,0 +1,36 @@
+// Compiled once per instruction set, with PIXFUSE_ISA naming its namespace.
+#include "common/element_type.h"
+#include "conv_bias_relu/conv_bias_relu_loop.h"
+
+namespace pixfuse::PIXFUSE_ISA {
+
+// Several sums of each kind take turns, and a sign is a mask: then the compiler uses vectors.
+WeightSums sum_weights(const float* weights, int64_t count) {
+  constexpr int kTurns = 8;
+  double positive[kTurns] = {}, negative[kTurns] = {};
+  // The bits of magnitudes are in the order of the magnitudes, with NaN above all of them.
+  int32_t largest[kTurns] = {};
+  const auto add = [&](const float* from, int turns) __attribute__((always_inline)) {
+    for (int k = 0; k < turns; ++k) {
+      const auto bits = static_cast<int32_t>(bits_of(from[k]));
+      const int32_t sign = bits >> 31, magnitude = bits & 0x7fffffff;
+      positive[k] += double{float_of(static_cast<uint32_t>(bits & ~sign))};
+      negative[k] += double{float_of(static_cast<uint32_t>(bits & sign))};
+      largest[k] = largest[k] > magnitude ? largest[k] : magnitude;
+    }
+  };
+  int64_t i = 0;
+  for (; i + kTurns <= count; i += kTurns) add(weights + i, kTurns);
+  add(weights + i, static_cast<int>(count - i));
+  WeightSums sums;
+  int32_t most = 0;
+  for (int k = 0; k < kTurns; ++k) {
+    sums.positive += positive[k];
+    sums.negative += negative[k];
+    most = most > largest[k] ? most : largest[k];
+  }
+  sums.largest = float_of(static_cast<uint32_t>(most));
+  return sums;
+}
+
+}  // namespace pixfuse::PIXFUSE_ISA
