@@ -83,7 +83,7 @@ struct WinogradPlan {
 };
 
 // Tiles whose sums are held at a time, for up to 64 output channels.
-constexpr int64_t kWinogradTiles = 16;
+constexpr int64_t kWinogradTiles = 28;
 constexpr int64_t kWinogradSumFloats = kWinogradSlots * kWinogradTiles * 64;
 
 }  // namespace pixfuse

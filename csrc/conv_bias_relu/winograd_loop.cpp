@@ -20,6 +20,10 @@ constexpr int kSumTiles = 3;
 // no piece uses stays zero.
 constexpr int64_t kSlotFloats = kWinogradSumFloats / kWinogradSlots;
 
+// Outputs are turned on the stage, and stored past the caches in whole vectors.
+static_assert(kWinogradTiles * kWinogradOutputs <= kStagePixels &&
+              kWinogradTiles * kWinogradOutputs % kLanes == 0);
+
 // --- input ---
 
 // The pixels of a line, `residues` apart, come together: one of each tile.
