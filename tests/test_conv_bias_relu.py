@@ -1139,6 +1139,22 @@ def test_small_and_large_weights_in_digits(isa: str) -> None:
         check_values(ours, activity, truth)
 
 
+@in_digits
+def test_weights_too_far_apart_for_digits(isa: str) -> None:
+    """Further than 32 bits say: in memory that is asked for, but hardly touched."""
+    case = LARGE_STEPS
+    usual, bias = case.weights(torch.float32)
+    apart = 2**30
+    shape, steps = tuple(usual.shape), (49, apart, 7, 1)
+    weight = torch.empty(2 * apart + usual.numel()).as_strided(shape, steps).copy_(usual)
+    images = random_bytes(1, 3, *case.size)
+    truth = Truth(pixfuse.normalize(images, pixfuse.SIGNED), usual, bias, case.options())
+    ours, activity = pixfuse.conv_bias_relu(
+        images, weight, bias, *case.options(), normalization=pixfuse.SIGNED
+    )
+    check_values(ours, activity, truth)
+
+
 @dataclass
 class Points:
     """The constants of winograd.h, and the matrices that its comment makes of them."""

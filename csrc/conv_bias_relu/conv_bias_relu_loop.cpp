@@ -168,7 +168,7 @@ void run_tile(const Tile& tile, float* out, int64_t step) {
       active = count_positive(active, y);
       total += y;
       float* const to = out + q.value * step + v.value * kLanes;
-      place == Place::pixels&& tile.past_caches ? store_past_caches(to, y) : store(to, y);
+      (place == Place::pixels) && tile.past_caches ? store_past_caches(to, y) : store(to, y);
     });
     tile.active[v.value] = active;
     tile.sum[v.value] = total;

@@ -13,12 +13,12 @@ namespace {
 
 static_assert(kLanes == kTileRows && kStepBytes == kTileRowBytes);
 
-// Vectors multiply unsigned bytes with signed ones. So patches are x, also where z is 128: the sums
-// begin with what that is too much.
+// Whether what multiplies is vectors, not tiles. They take unsigned bytes and signed ones: so
+// patches are x, also where z is 128, and the sums begin with what that is too much.
 #if defined(__AVX512VNNI__)
-constexpr bool kPatchesAreUnsigned = true;
+constexpr bool kInVectors = true;
 #else
-constexpr bool kPatchesAreUnsigned = false;
+constexpr bool kInVectors = false;
 #endif
 
 // --- input ---
@@ -179,7 +179,7 @@ void gather(const ConvBiasReluJob& job, const RowBlock& row, int64_t begin, int6
   // A row of a kernel with gaps comes pixel by pixel.
   const int64_t pieces = args.dilation[1] > 1 ? args.kernel[1] : 1;
   const int64_t bytes = args.kernel[1] / pieces * args.input_sizes[1];
-  const uint8_t flip = kPatchesAreUnsigned && plan.is_signed ? 0x80 : 0;
+  const uint8_t flip = kInVectors && plan.is_signed ? 0x80 : 0;
   for (int64_t pixel = begin; pixel < end;) {
     const int64_t y = pixel / width, x = pixel % width;
     const int64_t count = end - pixel < width - x ? end - pixel : width - x;
@@ -476,15 +476,15 @@ void run_items(const ConvBiasReluJob& job, int64_t first, int64_t last, const Sc
   float* const own = scratch.floats + scratch_floats(job) - job.digits->scratch_floats;
   const auto fill = [&](int64_t n, int64_t row, float* line) { fill_line(job, n, row, line); };
   const auto run = [&](const RowBlock& row) { run_block<T, is_signed>(job, row, own); };
-  if (!kPatchesAreUnsigned) begin_tiles();
+  if (!kInVectors) begin_tiles();
   run_rows(job, first, last, scratch, fill, run, job.rows_at_once);
-  if (!kPatchesAreUnsigned) end_tiles();
+  if (!kInVectors) end_tiles();
   if (job.past_caches) finish_past_caches();
 }
 
 template <class T>
 void run_items(const ConvBiasReluJob& job, int64_t first, int64_t last, const Scratch& scratch) {
-  if constexpr (!kPatchesAreUnsigned) {
+  if constexpr (!kInVectors) {
     if (job.digits->is_signed) return run_items<T, true>(job, first, last, scratch);
   }
   run_items<T, false>(job, first, last, scratch);
@@ -514,7 +514,7 @@ void pack_digits(const DigitsPlan& plan, const DigitsWeights& from, int8_t* pack
       }
     }
   }
-  if (!kPatchesAreUnsigned || !plan.is_signed) return;
+  if (!kInVectors || !plan.is_signed) return;
   for (int64_t digit = 0; digit < kDigits; ++digit) {
     const Integers start = sums[digit] * -128;
     __builtin_memcpy(starts + digit * kLanes, &start, sizeof start);

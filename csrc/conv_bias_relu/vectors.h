@@ -50,16 +50,9 @@ inline bool is_any(Integers numbers) {
 }
 
 // To numbers of twice the width.
-inline void add_to(int64_t* to, Integers numbers) {
-  typedef int64_t Wide __attribute__((vector_size(8 * kLanes)));
-  Wide all;
-  __builtin_memcpy(&all, to, sizeof all);
-  all += __builtin_convertvector(numbers, Wide);
-  __builtin_memcpy(to, &all, sizeof all);
-}
-
-inline void add_to(double* to, Vector numbers) {
-  typedef double Wide __attribute__((vector_size(8 * kLanes)));
+template <class Number, class Numbers>
+inline void add_to(Number* to, Numbers numbers) {
+  typedef Number Wide __attribute__((vector_size(sizeof(Number) * kLanes)));
   Wide all;
   __builtin_memcpy(&all, to, sizeof all);
   all += __builtin_convertvector(numbers, Wide);
