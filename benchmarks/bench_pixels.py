@@ -4,9 +4,9 @@
 
 ``channel_histogram``, ``image_moments``, ``standardize_per_image`` and ``denormalize``, one thread,
 interleaved with their peers and with a copy of as many bytes; then a grid of sizes and layouts;
-then the counting of ``pixfuse stats`` on JPEG files cut from real photographs: the share of its
-time that decoding takes, and what a second worker brings. Ends with status 1 when a result was not
-equal; a missed target is reported, and is no error.
+then the counting of ``pixfuse stats`` on JPEG files, those of real photographs and smaller ones cut
+from them: the share of its time that decoding takes, and what a second worker brings. Ends with
+status 1 when a result was not equal; a missed target is reported, and is no error.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from benchmarks import harness, report
 from benchmarks.bench_normalize import PACKAGES, checked_copy
 from benchmarks.harness import Checked, Contestant, Plan, Tolerance, UnequalError
 from benchmarks.peers import load
-from benchmarks.photos import photographs, random_crops, write_jpegs
+from benchmarks.photos import copy_photographs, photographs, random_crops, write_jpegs
 from benchmarks.report import COPY, OURS
 from pixfuse import _counting
 from pixfuse._image_files import Reading, find_images
@@ -370,23 +370,42 @@ def expected_counts(paths: Sequence[Path]) -> torch.Tensor:
     return torch.from_numpy(counts)
 
 
-def run_stats(run: Run, *, quick: bool) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Files:
+    """A folder for ``pixfuse stats``."""
+
+    words: str
+    count: int
+    write: Callable[[Path, int], list[Path]]
+
+
+def write_crops(folder: Path, count: int) -> list[Path]:
+    return write_jpegs(folder, count, JPEG_SIDE)
+
+
+PHOTOGRAPHS = Files("JPEG files of 640x427, copies of two photographs'", 256, copy_photographs)
+CROPS = Files(
+    f"JPEG files of {JPEG_SIDE}x{JPEG_SIDE}, cut from photographs, quality 90", 1024, write_crops
+)
+
+
+def run_stats(run: Run, files: Files, *, quick: bool) -> dict[str, Any]:
     """A folder of JPEG files: in this process, with one worker, and with two, in turns.
 
     Short runs in many rounds, and ratios within a round: what else the machine does changes from
     second to second, and would otherwise fall on one of them.
     """
-    count, rounds = (64, 1) if quick else (1024, 15)
+    count, rounds = (64, 1) if quick else (files.count, 15)
     found: dict[int, list[Counted]] = {workers: [] for workers in (0, *WORKERS)}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        expected = expected_counts(write_jpegs(folder, count, JPEG_SIDE))
+        expected = expected_counts(files.write(folder, count))
         for _ in range(rounds):
             for workers, outcomes in found.items():
                 counted = count_folder(folder, workers)
                 if not torch.equal(counted.outcome.statistics.counts, expected):
                     run.note(f"pixfuse stats, {workers} workers: counts differ from numpy's")
-                    return {"images": count}
+                    return {"images": count, "input": files.words}
                 outcomes.append(counted)
     rows: list[dict[str, Any]] = []
     for workers, outcomes in found.items():
@@ -410,7 +429,7 @@ def run_stats(run: Run, *, quick: bool) -> dict[str, Any]:
             rows[-1]["speedup_over_one"] = harness.quartiles(np.divide(alone, each))
     return {
         "images": count,
-        "input": f"JPEG files of {JPEG_SIDE}x{JPEG_SIDE}, cut from photographs, quality 90",
+        "input": files.words,
         "rounds": rounds,
         "rows": rows,
     }
@@ -472,7 +491,7 @@ def claims(main: Sequence[dict[str, Any]], stats: dict[str, Any]) -> list[dict[s
     return [report.claim(*item) for item in found]
 
 
-def print_results(results: Sequence[dict[str, Any]], stats: dict[str, Any]) -> None:
+def print_results(results: Sequence[dict[str, Any]]) -> None:
     for result in results:
         table = Table(title=f"{result['operator']}, {result['layout']}, {result['input']}")
         for column in ("", "us per image", "quartiles", "time / pixfuse", "largest difference"):
@@ -490,7 +509,10 @@ def print_results(results: Sequence[dict[str, Any]], stats: dict[str, Any]) -> N
                 "equal" if error == 0 else f"{error:.1e}",
             )
         console.print(table)
-    table = Table(title=f"pixfuse stats, {stats['images']} JPEG files")
+
+
+def print_stats(stats: dict[str, Any]) -> None:
+    table = Table(title=f"pixfuse stats, {stats['images']} {stats['input']}")
     for column in ("workers", "us per image", "decode", "decoding share", "startup, s"):
         table.add_column(column, justify="right")
     for row in stats.get("rows", ()):
@@ -527,9 +549,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     pixfuse.empty_cache()
     rows = run_grid(run, quick=options.quick)
     checked_copy.cache_clear()
-    stats = run_stats(run, quick=options.quick)
+    stats = run_stats(run, PHOTOGRAPHS, quick=options.quick)
+    crops_stats = run_stats(run, CROPS, quick=options.quick)
     found = claims(results, stats)
-    print_results(results, stats)
+    print_results(results)
+    print_stats(stats)
+    print_stats(crops_stats)
     report.print_claims(console, found)
     for name, reason in run.unavailable.items():
         console.print(f"left out: {name}: {reason}", style="yellow", markup=False)
@@ -549,6 +574,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "claims": found,
             "results": results,
             "stats": stats,
+            "stats_of_crops": crops_stats,
             "grid": rows,
         }
         harness.write_json(output, document)

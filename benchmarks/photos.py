@@ -1,7 +1,8 @@
-"""Real photographs to work on: the two of scikit-learn, and JPEG files cut from them."""
+"""Real photographs to work on: the two of scikit-learn, their files, and such cut from them."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,4 +52,15 @@ def write_jpegs(folder: Path, count: int, side: int) -> list[Path]:
     paths = [folder / f"{index:05}.jpg" for index in range(count)]
     for path, crop in zip(paths, pixels, strict=True):
         Image.fromarray(crop).save(path, quality=90)
+    return paths
+
+
+def copy_photographs(folder: Path, count: int) -> list[Path]:
+    """``count`` copies of the photographs' own JPEG files, 640x427, as they were published."""
+    from sklearn.datasets import load_sample_images
+
+    originals = [Path(name) for name in load_sample_images().filenames]
+    paths = [folder / f"{index:05}.jpg" for index in range(count)]
+    for index, path in enumerate(paths):
+        shutil.copyfile(originals[index % len(originals)], path)
     return paths

@@ -517,10 +517,8 @@ def pixels_tables(results: dict[str, Any]) -> list[str]:
     ]
 
 
-def pixels_details(results: dict[str, Any]) -> list[str]:
-    first, stats = results["results"][0], results["stats"]
+def stats_table(stats: dict[str, Any]) -> list[str]:
     lines = [
-        *claim_lines(results),
         "",
         f"`pixfuse stats` on {stats['images']} {stats['input']}:",
         "",
@@ -531,6 +529,15 @@ def pixels_details(results: dict[str, Any]) -> list[str]:
         image_us, share = microseconds(row["us_per_image"][1]), 100 * row["decoding_share"]
         startup = f"{row['startup_seconds']:.2g} s" if row["workers"] else ""
         lines.append(f"| {row['workers'] or 'none'} | {image_us} | {share:.1f} % | {startup} |")
+    return lines
+
+
+def pixels_details(results: dict[str, Any]) -> list[str]:
+    first = results["results"][0]
+    lines = claim_lines(results)
+    for key in ("stats", "stats_of_crops"):
+        if key in results:  # results of before photographs' own files were counted have one
+            lines += stats_table(results[key])
     return [
         *lines,
         "",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -176,11 +177,11 @@ def test_one_wrong_pixel_is_not_timed(name: str, monkeypatch: pytest.MonkeyPatch
 def test_files_that_were_counted_wrong_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     honest = bench_pixels.expected_counts
 
-    def write_jpegs(folder: Path, count: int, side: int) -> list[Path]:
+    def write(folder: Path, count: int) -> list[Path]:
         """Not from photographs: those need a package that only benchmarks have."""
         paths = [folder / f"{n}.jpg" for n in range(count)]
         for n, path in enumerate(paths):
-            PIL.Image.radial_gradient("L").rotate(n).resize((side, side)).convert("RGB").save(path)
+            PIL.Image.radial_gradient("L").rotate(n).resize((64, 64)).convert("RGB").save(path)
         return paths
 
     def one_more(paths: list[Path]) -> torch.Tensor:
@@ -189,13 +190,13 @@ def test_files_that_were_counted_wrong_are_not_timed(monkeypatch: pytest.MonkeyP
         return counts
 
     run = bench_pixels.Run()
-    monkeypatch.setattr(bench_pixels, "write_jpegs", write_jpegs)
+    files = bench_pixels.Files("gradients", 64, write)
     monkeypatch.setattr(bench_pixels, "WORKERS", ())
-    stats = bench_pixels.run_stats(run, quick=True)
+    stats = bench_pixels.run_stats(run, files, quick=True)
     assert run.problems == []
     assert [row["workers"] for row in stats["rows"]] == [0]
     monkeypatch.setattr(bench_pixels, "expected_counts", one_more)
-    assert "rows" not in bench_pixels.run_stats(run, quick=True)
+    assert "rows" not in bench_pixels.run_stats(run, files, quick=True)
     assert run.problems == ["pixfuse stats, 0 workers: counts differ from numpy's"]
 
 
@@ -217,10 +218,10 @@ def test_workers_are_compared_within_a_round(monkeypatch: pytest.MonkeyPatch) ->
         )
         return bench_pixels.Counted(outcome, current.pop(workers), 0.0)
 
-    monkeypatch.setattr(bench_pixels, "write_jpegs", lambda folder, count, side: [])
     monkeypatch.setattr(bench_pixels, "expected_counts", lambda paths: counts)
     monkeypatch.setattr(bench_pixels, "count_folder", count_folder)
-    stats = bench_pixels.run_stats(bench_pixels.Run(), quick=False)
+    files = bench_pixels.Files("none", 1, lambda folder, count: [])
+    stats = bench_pixels.run_stats(bench_pixels.Run(), files, quick=False)
     assert next(taken, None) is None
     share, speedup = bench_pixels.claims([], stats)[-2:]
     assert share["value"] == 0.6  # of the whole run, as there are no workers
@@ -276,9 +277,13 @@ def test_the_dead_units_of_the_demo_are_dead() -> None:
         cell.strip() for line in text.splitlines() if "[0, 1] " in line for cell in line.split("│")
     ]
     assert row[1:6] == ["[0, 1]", "1", *(str(count) for count in dead.values())]
+    assert row[6] == f"{one.loss:.2f}"
     assert "5.0% longer" in text
     axes = Figure().subplots()
     units.draw(axes, one)
+    for loss in (1e8, math.inf, math.nan):
+        units.print_table(console, [dataclasses.replace(one, loss=loss)], 0.05)
+        assert "diverged" in console.export_text()
     assert [label.get_text() for label in axes.get_yticklabels()] == list(units.LAYERS.values())
 
 
