@@ -59,6 +59,13 @@ def _sliding_windows(n: int, c: int, h: int, w: int) -> torch.Tensor:
     return strip.as_strided((n, c, h, w), (1, h * (w + n), w + n, 1))
 
 
+def _overlapping_pixels(n: int, c: int, h: int, w: int) -> torch.Tensor:
+    """The last channel of a pixel is the first one of the next: a sliding window over bytes."""
+    step = max(c - 1, 1)
+    rows = random_bytes(n, h, w * step + c)
+    return rows.as_strided((n, c, h, w), (*rows.stride()[:1], 1, rows.stride(1), step))
+
+
 # Each makes a (N, C, H, W) view of fresh random bytes.
 LAYOUTS: dict[str, Callable[[int, int, int, int], torch.Tensor]] = {
     "nchw": random_bytes,
@@ -90,6 +97,7 @@ LAYOUTS: dict[str, Callable[[int, int, int, int], torch.Tensor]] = {
     "same_row": lambda n, c, h, w: random_bytes(n, c, 1, w).expand(n, c, h, w),
     "same_pixel": lambda n, c, h, w: random_bytes(n, c, 1, 1).expand(n, c, h, w),
     "sliding_windows": _sliding_windows,
+    "overlapping_pixels": _overlapping_pixels,
 }
 
 

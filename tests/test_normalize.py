@@ -493,7 +493,7 @@ def views(draw: st.DrawFn) -> tuple[torch.Tensor, str]:
         step = strides[dim] * max(size[dim], 1) + draw(st.sampled_from([0, 0, 1, 5]))
     for dim in range(rank):
         if draw(st.sampled_from([False] * 7 + [True])):
-            strides[dim] = 0  # broadcast
+            strides[dim] = draw(st.integers(0, strides[dim]))  # broadcast, or overlapping
     offset = draw(st.integers(0, 17))
     reach = sum(max(n - 1, 0) * stride for n, stride in zip(size, strides, strict=True))
     storage = torch.randint(256, (offset + reach + 1,), dtype=torch.uint8)

@@ -169,6 +169,36 @@ inline auto normalizer(float scale, const Channel& channel) {
   };
 }
 
+// --- stores past the caches ---
+
+// A line of the caches. Storing one past them saves reading it first; a line that is stored in part
+// costs more than that, so such outputs lie on whole lines.
+constexpr int kLineBytes = 64;
+
+#if defined(__AVX512F__)
+constexpr bool kCanPassCaches = true;
+inline void store_line(void* out, const void* line) {
+  _mm512_stream_si512(static_cast<__m512i*>(out), _mm512_load_si512(line));
+}
+#elif defined(__AVX2__)
+constexpr bool kCanPassCaches = true;
+inline void store_line(void* out, const void* line) {
+  auto* const to = static_cast<__m256i*>(out);
+  const auto* const from = static_cast<const __m256i*>(line);
+  for (int i = 0; i < 2; ++i) _mm256_stream_si256(to + i, _mm256_load_si256(from + i));
+}
+#else
+constexpr bool kCanPassCaches = false;
+inline void store_line(void*, const void*) {}
+#endif
+
+// Whoever is told that the work is done sees what was stored past the caches, too.
+inline void finish_past_caches() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 // --- interleaved results: all channels in turn ---
 
 // `count` bytes, at most Cycle::kCapacity, beginning with a first channel.
@@ -182,18 +212,30 @@ inline void compute_cycle(const uint8_t* __restrict in, float* __restrict out, i
   }
 }
 
+// Past the caches whole lines of float32 alone: results of 16 bits take no less time so.
 template <class T>
 void convert_cycles(const NormalizeArgs& args, Way way, const uint8_t* in, T* out, int64_t count,
-                    const Cycle& cycle) {
+                    const Cycle& cycle, bool past_caches) {
+  constexpr int64_t kLineValues = kLineBytes / sizeof(T);
+  const bool on_lines =
+      reinterpret_cast<uintptr_t>(out) % kLineBytes == 0 && count % kLineValues == 0;
   with_steps(args.arithmetic, way, [&](auto arithmetic, auto way) {
     for (int64_t begin = 0; begin < count; begin += cycle.period) {
       const int64_t left = count - begin, length = left < cycle.period ? left : cycle.period;
+      const auto compute = [&](float* to) {
+        compute_cycle<arithmetic.value, way.value>(in + begin, to, length, args.scale, cycle);
+      };
       if constexpr (std::is_same_v<T, float>) {
-        compute_cycle<arithmetic.value, way.value>(in + begin, out + begin, length, args.scale,
-                                                   cycle);
+        if (!past_caches || !on_lines) {
+          compute(out + begin);
+          continue;
+        }
+      }
+      alignas(kLineBytes) float values[Cycle::kCapacity];
+      compute(values);
+      if constexpr (std::is_same_v<T, float>) {
+        for (int64_t i = 0; i < length; i += kLineValues) store_line(out + begin + i, values + i);
       } else {
-        alignas(64) float values[Cycle::kCapacity];
-        compute_cycle<arithmetic.value, way.value>(in + begin, values, length, args.scale, cycle);
         round_run<way.value>(values, out + begin, static_cast<int>(length));
       }
     }
@@ -202,7 +244,7 @@ void convert_cycles(const NormalizeArgs& args, Way way, const uint8_t* in, T* ou
 
 // Bytes unchanged; they may be where they belong already.
 void convert_cycles(const NormalizeArgs&, Way, const uint8_t* in, uint8_t* out, int64_t count,
-                    const Cycle&) {
+                    const Cycle&, bool) {
   if (in != out) __builtin_memcpy(out, in, static_cast<size_t>(count));
 }
 
@@ -297,34 +339,6 @@ constexpr bool kReadsTriples = true;
 #else
 constexpr bool kReadsTriples = false;
 #endif
-
-// A line of the caches. Storing one past them saves reading it first; a line that is stored in part
-// costs more than that, so such outputs lie on whole lines.
-constexpr int kLineBytes = 64;
-
-#if defined(__AVX512F__)
-constexpr bool kCanPassCaches = true;
-inline void store_line(void* out, const void* line) {
-  _mm512_stream_si512(static_cast<__m512i*>(out), _mm512_load_si512(line));
-}
-#elif defined(__AVX2__)
-constexpr bool kCanPassCaches = true;
-inline void store_line(void* out, const void* line) {
-  auto* const to = static_cast<__m256i*>(out);
-  const auto* const from = static_cast<const __m256i*>(line);
-  for (int i = 0; i < 2; ++i) _mm256_stream_si256(to + i, _mm256_load_si256(from + i));
-}
-#else
-constexpr bool kCanPassCaches = false;
-inline void store_line(void*, const void*) {}
-#endif
-
-// Whoever is told that the work is done sees what was stored past the caches, too.
-inline void finish_past_caches() {
-#if defined(__x86_64__)
-  _mm_sfence();
-#endif
-}
 
 // Rounds and stores `count` values, whole lines if past the caches.
 template <Way way, bool past_caches, int count, class T>
@@ -640,27 +654,36 @@ inline uint8_t* bytes_of(T*) {
 // the caches several streams through memory are faster than one.
 constexpr int64_t kWholePlanePixels = 16384;
 
+// How far ahead of the pixels memory is asked for what is read next: a page, as processors look no
+// further by themselves; where rows do not follow each other, the same columns of rows to come.
+int64_t bytes_ahead(const NormalizeArgs& args) {
+  constexpr int64_t kPageBytes = 4096;
+  const int64_t row = args.image_strides[2], length = row < 0 ? -row : row;
+  if (args.sizes[2] == 1 || row == 0) return kPageBytes;
+  return (kPageBytes + length - 1) / length * row;
+}
+
 // The results of a channel lie side by side.
 template <class T>
 void normalize_planar(const NormalizeArgs& args, const uint8_t* in, T* out, int64_t count,
-                      const Prepared<T>& prepared, bool past_caches, bool ends) {
+                      const Prepared<T>& prepared, bool past_caches, bool ends, int64_t ahead) {
   const int64_t channels = args.sizes[1];
   const int64_t in_channel = args.image_strides[1];
   const int group = channels == 3 || channels == 4 ? static_cast<int>(channels) : 1;
   const int distinct = in_channel == 0 ? 1 : group;  // one channel, repeated
   const Pixels pixels = pixels_of(args, in, count);
   const bool forward = in_channel == 1, backward = in_channel == -1;  // within the pixel
+  const uint8_t* const lowest = pixels.lowest - (backward ? group - 1 : 0);
+  const uintptr_t next = reinterpret_cast<uintptr_t>(lowest) + static_cast<uintptr_t>(ahead);
+  const int64_t bytes_here = count * pixels.step;
   if constexpr (sizeof(T) > 1) {
+    const bool triples = kReadsTriples && pixels.step == 3 && group == 3;
     if (group == channels && group > 1 && (forward || backward) && !pixels.mirrored &&
-        (pixels.step == 4 || (pixels.step == 3 && kReadsTriples))) {
-      const uint8_t* lowest = pixels.lowest - (backward ? group - 1 : 0);
-      const int64_t bytes_here = count * pixels.step;
+        (pixels.step == 4 || triples)) {
       for (int k = 0; k < group; ++k) {
-        // The pixels are read once per channel, of which only the first waits for memory: meanwhile
-        // a part of the next block, which mostly follows, is on its way.
+        // The pixels are read once per channel, of which only the first waits for memory.
         const int64_t part = bytes_here * k / group, next_part = bytes_here * (k + 1) / group;
-        read_ahead(reinterpret_cast<uintptr_t>(lowest) + static_cast<uintptr_t>(bytes_here + part),
-                   next_part - part);
+        read_ahead(next + static_cast<uintptr_t>(part), next_part - part);
         const int place = backward ? group - 1 - k : k;
         T* target = out + k * args.output_strides[1];
         const Channel& channel = prepared.channels[k];
@@ -691,7 +714,7 @@ void normalize_planar(const NormalizeArgs& args, const uint8_t* in, T* out, int6
     // BGR is RGB with the runs named the other way round.
     uint8_t* apart[kMaxGroup] = {staged[0], staged[1], staged[2], staged[3]};
     for (int k = 0; k < group && backward; ++k) apart[k] = staged[group - 1 - k];
-    const uint8_t* lowest = pixels.lowest - (backward ? group - 1 : 0);
+    if (pixels.step > 1 && first == 0) read_ahead(next, bytes_here);
     if (pixels.step == 1) {
       for (int k = 0; k < distinct; ++k) source[k] = pixels.lowest + (first + k) * in_channel;
     } else if (group == 3 && (forward || backward) && pixels.step == 3) {
@@ -723,12 +746,16 @@ void normalize_planar(const NormalizeArgs& args, const uint8_t* in, T* out, int6
 // The results of a pixel lie side by side.
 template <class T>
 void normalize_interleaved(const NormalizeArgs& args, const uint8_t* in, T* out, int64_t count,
-                           const Prepared<T>& prepared) {
+                           const Prepared<T>& prepared, bool past_caches, int64_t ahead) {
   const int64_t channels = args.sizes[1], in_channel = args.image_strides[1];
   const Pixels from = pixels_of(args, in, count);
   const bool backward = in_channel == -1;
   const bool together = in_channel == 1 || backward;  // the channels of a pixel
   const uint8_t* lowest = from.lowest - (backward ? channels - 1 : 0);
+  if (sizeof(T) == 1 && together) {  // else the results take longer than the bytes
+    read_ahead(reinterpret_cast<uintptr_t>(lowest) + static_cast<uintptr_t>(ahead),
+               count * from.step);
+  }
   alignas(64) uint8_t staged[Cycle::kMaxChannels * kMaxBlockPixels];
   // What is written backwards goes to the cache first.
   uint8_t* const pixels = bytes_of(out) != nullptr && !from.mirrored ? bytes_of(out) : staged;
@@ -762,7 +789,7 @@ void normalize_interleaved(const NormalizeArgs& args, const uint8_t* in, T* out,
       gather(in + c * in_channel, args.image_strides[3], pixels + c, channels, count);
     }
   }
-  convert_cycles(args, prepared.way, source, out, count * channels, prepared.cycle);
+  convert_cycles(args, prepared.way, source, out, count * channels, prepared.cycle, past_caches);
 }
 
 // Any strides, for channels beyond what a Cycle holds.
@@ -784,8 +811,9 @@ void normalize_blocks(const NormalizeArgs& args, int64_t first, int64_t last,
   const int64_t width = args.sizes[3];
   const bool planar = is_planar(args), interleaved = is_interleaved(args);
   const bool past_caches =
-      kCanPassCaches && args.past_caches && planar && sizeof(T) > 1 && on_lines<T>(args);
+      kCanPassCaches && args.past_caches && sizeof(T) > 1 && (!planar || on_lines<T>(args));
   const int64_t per_row = blocks_per_row(args), pixels = block_pixels(args);
+  const int64_t ahead = bytes_ahead(args);
   const bool whole_planes = planar && args.image_strides[3] == 1 && width <= kWholePlanePixels;
   for (int64_t block = first, blocks; block < last; block += blocks) {
     const int64_t row = block / per_row;
@@ -801,9 +829,9 @@ void normalize_blocks(const NormalizeArgs& args, int64_t first, int64_t last,
     // Whether no pixel of the image lies behind the block.
     const bool ends = w + count == width && (h + 1 == args.sizes[2] || args.image_strides[2] <= 0);
     if (planar) {
-      normalize_planar(args, in, out, count, prepared, past_caches, ends);
+      normalize_planar(args, in, out, count, prepared, past_caches, ends, ahead);
     } else if (interleaved) {
-      normalize_interleaved(args, in, out, count, prepared);
+      normalize_interleaved(args, in, out, count, prepared, past_caches, ahead);
     } else {
       normalize_strided(args, in, out, count);
     }
