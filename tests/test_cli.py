@@ -1,7 +1,9 @@
 """The command line: what it counts, what interrupts it, what it says, and what it draws."""
 
+import io
 import json
 import os
+import posixpath
 import pty
 import random
 import re
@@ -9,8 +11,11 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +28,7 @@ from PIL import Image
 import pixfuse
 from benchmarks.torchvision_import import import_torchvision
 from pixfuse import _image_files, _quick_bench, cli
+from pixfuse._counting import count_piece
 from pixfuse._image_files import ArrayPart, Reading
 from tests.processes import PATIENCE_SECONDS, python
 
@@ -236,6 +242,7 @@ def test_arrays_and_shards_are_the_same_images(tmp_path: Path) -> None:
     np.savez(tmp_path / "stored.npz", x=images, y=labels)
     np.savez(tmp_path / "stored fortran.npz", x=np.asfortranarray(images), y=labels)
     np.savez_compressed(tmp_path / "packed.npz", x=images, y=labels)
+    np.savez_compressed(tmp_path / "packed fortran.npz", x=np.asfortranarray(images), y=labels)
     expected = stats(folder)
     assert expected["images"] == 700
     for path in sorted(tmp_path.glob("*.*")):
@@ -247,14 +254,13 @@ def test_arrays_and_shards_are_the_same_images(tmp_path: Path) -> None:
         assert resized["mean"] == stats(folder, "--resize", 8, "--crop", 5)["mean"]
 
 
-def test_arrays_are_mapped_not_read(tmp_path: Path) -> None:
+def test_npy_arrays_are_mapped_not_read(tmp_path: Path) -> None:
     images = np.stack([noise(9, 11, seed) for seed in range(3)])
     np.save(tmp_path / "a.npy", images)
-    np.savez(tmp_path / "a.npz", x=images)
-    for path, member in (("a.npy", ""), ("a.npz", "x.npy")):
-        array = _image_files.open_array(str(tmp_path / path), member)
-        assert isinstance(array, np.memmap)
-        assert np.array_equal(array, images)
+    part = ArrayPart("a.npy", str(tmp_path / "a.npy"), "", "NHWC", 0, 3)
+    [(_, batch)] = _image_files.read_array(part)
+    assert isinstance(batch, np.memmap)
+    assert np.array_equal(batch, images)
 
 
 def test_large_arrays_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,7 +273,7 @@ def test_large_arrays_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.Mon
         part = ArrayPart(path, str(tmp_path / path), member, "NHWC", 1, 6)
         found = list(_image_files.read_array(part))
         assert all(len(batch) <= 2 for _, batch in found)
-        assert [key for keys, _ in found for key in keys] == part.keys()
+        assert [key for keys, _ in found for key in keys] == [f"{path}[{n}]" for n in range(1, 6)]
         assert np.array_equal(np.concatenate([batch for _, batch in found]), images[1:6])
     part = ArrayPart("one", str(tmp_path / "one.npz"), "x.npy", "HWC", 0, 1)
     [(keys, batch)] = _image_files.read_array(part)
@@ -276,14 +282,17 @@ def test_large_arrays_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_gray_arrays(tmp_path: Path) -> None:
-    images = noise(20, 30, 0).transpose(2, 0, 1)
+    images = np.concatenate([noise(20, 30, seed).transpose(2, 0, 1) for seed in (0, 1)])
     np.save(tmp_path / "gray.npy", images)
     assert stats(tmp_path / "gray.npy")["mean"] == [pytest.approx(images.mean() / 255, rel=1e-12)]
-    assert stats(tmp_path / "gray.npy", "--crop", 4)["pixels"] == 3 * 16
+    assert stats(tmp_path / "gray.npy", "--crop", 4)["pixels"] == 6 * 16
     result = run("stats", tmp_path / "gray.npy", "--mode", "RGB", "--json")
     assert result.exit_code == cli.NOTHING
     reason = json.loads(result.stdout)["unreadable"][0]["reason"]
     assert reason == "expected 3 channels (RGB), got 1; pass --mode L"
+    # One channel of one image and one gray image are the same.
+    np.save(tmp_path / "one.npy", images[:1])
+    assert stats(tmp_path / "one.npy")["images"] == 1
 
 
 @pytest.mark.parametrize(
@@ -291,8 +300,13 @@ def test_gray_arrays(tmp_path: Path) -> None:
     [
         (np.zeros((2, 4, 4, 3), np.float32), "expected an array of dtype uint8, got float32"),
         (np.zeros(7, np.uint8), "expected an array of images (N, H, W, C), got shape (7,)"),
+        (np.zeros((), np.uint8), "expected an array of images (N, H, W, C), got shape ()"),
+        (np.zeros((0, 9, 11, 3), np.uint8), "expected at least 1 pixel, got shape (0, 9, 11, 3)"),
         (np.zeros((2, 3, 5, 4), np.uint8), "can be NHWC or NCHW; say which by --layout"),
-        (np.array([None]), "Python objects in dtype"),
+        (np.zeros((5, 6, 3), np.uint8), "can be NHW or HWC; say which by --layout"),
+        (np.zeros((3, 5, 6), np.uint8), "can be NHW or CHW; say which by --layout"),
+        (np.zeros((4, 5, 1), np.uint8), "can be NHW or HWC or CHW; say which by --layout"),
+        (np.array([None]), "expected an array of dtype uint8, got object"),
     ],
 )
 def test_arrays_that_are_no_images(array: np.ndarray, reason: str, tmp_path: Path) -> None:
@@ -306,6 +320,9 @@ def test_layout_decides(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.zeros((2, 3, 5, 4), np.uint8))
     assert stats(tmp_path / "a.npy", "--layout", "NCHW")["pixels"] == 2 * 5 * 4
     assert stats(tmp_path / "a.npy", "--layout", "NHWC")["pixels"] == 2 * 3 * 5
+    np.save(tmp_path / "b.npy", np.zeros((3, 5, 6), np.uint8))
+    assert stats(tmp_path / "b.npy", "--layout", "CHW")["images"] == 1
+    assert stats(tmp_path / "b.npy", "--layout", "NHW")["images"] == 3
 
 
 def test_damaged_shards_and_archives(photos: Path, tmp_path: Path) -> None:
@@ -332,6 +349,258 @@ def test_damaged_shards_and_archives(photos: Path, tmp_path: Path) -> None:
     assert reasons["cut.npz"] == "File is not a zip file"
     assert "unpack it to .tar" in reasons["packed.tar.gz"]
     assert "x" in reasons  # the flipped one
+
+
+def listed(content: dict[str, Any]) -> dict[str, str]:
+    """The names of what could not be read, without the folder, and why."""
+    return {"/".join(Path(one["key"]).parts[1:]): one["reason"] for one in content["unreadable"]}
+
+
+def counted_and_listed(*paths: Path) -> tuple[int, dict[str, str]]:
+    """How many images count, and what is listed, where nothing may be all that counts."""
+    result = run("stats", *paths, "--json", "--workers", 0)
+    assert result.exit_code in (0, cli.NOTHING), result.output
+    content = json.loads(result.stdout)
+    return content["images"], listed(content)
+
+
+@pytest.fixture
+def shard(tmp_path: Path) -> Path:
+    """A tar file of 10 images, each of more than a page."""
+    path = tmp_path / "whole.tar"
+    with tarfile.open(path, "w") as file:
+        for n in range(10):
+            image = tmp_path / f"{n}.png"
+            Image.fromarray(noise(40, 50, n)).save(image)
+            file.add(image, image.name)
+    return path
+
+
+@pytest.mark.parametrize("damage", ["flipped bit", "no header", "page of zeros"])
+def test_a_damaged_header_does_not_end_a_shard_silently(
+    shard: Path, tmp_path: Path, damage: str
+) -> None:
+    content = bytearray(shard.read_bytes())
+    with tarfile.open(shard) as file:
+        header = file.getmembers()[5].offset
+    if damage == "flipped bit":
+        content[header + 148] ^= 1
+    else:
+        size = 512 if damage == "no header" else 4096
+        content[header : header + size] = bytes(size)
+    damaged = tmp_path / "damaged.tar"
+    damaged.write_bytes(content)
+    assert stats(shard)["unreadable"] == []
+    images, reasons = counted_and_listed(damaged)
+    assert images == 5  # what stands before it
+    assert f"expected only zeros from byte {header} on" in reasons["damaged.tar"]
+    assert run("stats", damaged, "--strict").exit_code == cli.UNREADABLE
+
+
+def test_a_second_tar_file_behind_the_first_is_not_lost_silently(
+    shard: Path, tmp_path: Path
+) -> None:
+    joined = tmp_path / "joined.tar"
+    joined.write_bytes(shard.read_bytes() * 2)
+    images, reasons = counted_and_listed(joined)
+    assert images == 10
+    assert "a second tar file behind the first" in reasons["joined.tar"]
+
+
+def test_links_in_shards_count_as_in_folders(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    (folder / "b").mkdir(parents=True)
+    (folder / "a.png").symlink_to("b/image.png")  # which comes behind it
+    Image.fromarray(noise(8, 8, 0)).save(folder / "b" / "image.png")
+    (folder / "b" / "hard.png").hardlink_to(folder / "b" / "image.png")
+    (folder / "b" / "up.png").symlink_to("../a.png")  # a link to a link
+    (folder / "c.txt").symlink_to("b/image.png")
+    with tarfile.open(tmp_path / "shard.tar", "w") as file:
+        for path in sorted(folder.rglob("*")):
+            file.add(path, path.relative_to(folder), recursive=False)
+        assert sum(member.islnk() for member in file.getmembers()) == 1
+    names = ("images", "pixels", "mean", "std", "skipped_files", "unreadable")
+    by_folder, by_shard = stats(folder), stats(tmp_path / "shard.tar")
+    assert by_folder["images"] == 4
+    assert [by_shard[name] for name in names] == [by_folder[name] for name in names]
+    # Named twice they count once.
+    assert stats(tmp_path / "shard.tar", f"{tmp_path}/*.tar")["images"] == 4
+
+
+def test_no_member_of_a_shard_vanishes(shard: Path) -> None:
+    kinds = {
+        "nowhere.png": (tarfile.SYMTYPE, "no/such.png"),
+        "out.png": (tarfile.SYMTYPE, "../0.png"),
+        "round.png": (tarfile.SYMTYPE, "round.png"),
+        "lost.png": (tarfile.LNKTYPE, "lost too.png"),
+        "pipe.png": (tarfile.FIFOTYPE, ""),
+        "pipe.txt": (tarfile.FIFOTYPE, ""),
+        "folder.png": (tarfile.DIRTYPE, ""),
+    }
+    with tarfile.open(shard, "a") as file:
+        for name, (kind, target) in kinds.items():
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, target
+            file.addfile(member)
+        file.add(shard.with_name("1.png"), "0.png")
+        file.add(shard.with_name("2.png"), "./0.png")  # another name
+    content = stats(shard)
+    assert content["images"] == 11
+    assert content["skipped_files"] == 1
+    reasons = {posixpath.basename(name): reason for name, reason in listed(content).items()}
+    assert reasons == {
+        "nowhere.png": "no file in the tar file at 'no/such.png'",
+        "out.png": "no file in the tar file at '../0.png'",
+        "round.png": "no file in the tar file at 'round.png'",
+        "lost.png": "no file in the tar file at 'lost too.png'",
+        "pipe.png": "not a regular file",
+        "0.png": "another member of this name, not counted; the first is",
+    }
+
+
+def header_of(shape: tuple[int, ...]) -> bytes:
+    """The beginning of an .npy file."""
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        file, {"descr": "|u1", "fortran_order": False, "shape": shape}
+    )
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize("count", [2, 4, 99999999999999, 1 << 61])
+def test_npz_members_hold_what_they_claim(tmp_path: Path, kind: int, count: int) -> None:
+    images = np.stack([noise(9, 11, seed) for seed in range(3)])
+    with zipfile.ZipFile(tmp_path / "a.npz", "w", kind) as file:
+        file.writestr("x.npy", header_of((count, 9, 11, 3)) + images.tobytes())
+        file.writestr("y.npy", header_of((3, 9, 11, 3)) + images.tobytes())
+    images_counted, reasons = counted_and_listed(tmp_path / "a.npz")
+    assert images_counted == 3  # the other member
+    assert reasons == {
+        "a.npz/x": f"expected {count * 297} bytes for shape ({count}, 9, 11, 3), got 891"
+    }
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_of_a_damaged_npz_member_nothing_counts(tmp_path: Path, save: Any, order: Any) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (1200, 5, 6, 3), dtype=np.uint8)
+    save(tmp_path / "a.npz", x=np.asarray(images, order=order), y=images)
+    content = bytearray((tmp_path / "a.npz").read_bytes())
+    with zipfile.ZipFile(tmp_path / "a.npz") as file:
+        x = file.getinfo("x.npy")
+    # Late, and of a compressed one the checksum itself: where damage shows at the end only.
+    at = x.header_offset + x.compress_size - 50
+    if save is np.savez_compressed:
+        at = content.index(b"PK\x01\x02") + 16
+    content[at] ^= 1
+    (tmp_path / "a.npz").write_bytes(content)
+    images_counted, reasons = counted_and_listed(tmp_path / "a.npz")
+    assert images_counted == 1200  # those of y
+    assert reasons == {"a.npz/x": "Bad CRC-32 for file 'x.npy'"}
+
+
+def test_the_checksum_of_a_member_is_compared_where_images_are_left_out(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", x=np.zeros((3, 9, 11, 3), np.uint8))
+    content = bytearray((tmp_path / "a.npz").read_bytes())
+    content[content.index(b"PK\x01\x02") - 1] ^= 1  # in the last image
+    (tmp_path / "a.npz").write_bytes(content)
+    part = ArrayPart("a", str(tmp_path / "a.npz"), "x.npy", "NHWC", 0, 1)
+    with pytest.raises(zipfile.BadZipFile, match="Bad CRC-32"):
+        list(_image_files.read_array(part))
+
+
+def test_every_member_of_an_npz_file_is_counted_skipped_or_listed(tmp_path: Path) -> None:
+    images = np.stack([noise(9, 11, seed) for seed in range(3)])
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as file:
+        file.writestr("bad.npy", b"no array")
+        file.writestr("readme", b"")
+        file.writestr("labels.npy", header_of((3,)) + bytes(3))
+        file.writestr("x.npy", header_of(images.shape) + images.tobytes())
+        with pytest.warns(UserWarning, match="Duplicate name"):
+            file.writestr("x.npy", header_of(images.shape) + images.tobytes())
+    content = stats(tmp_path / "a.npz")
+    assert content["images"] == 3
+    assert content["skipped_files"] == 2
+    reasons = listed(content)
+    assert "magic string" in reasons.pop("a.npz/bad")
+    assert reasons == {"a.npz": "two members have one name; only the last of them is read"}
+
+
+def test_npy_files_hold_one_array(tmp_path: Path) -> None:
+    images = np.stack([noise(9, 11, seed) for seed in range(3)])
+    with (tmp_path / "two.npy").open("wb") as file:
+        np.save(file, images)
+        np.save(file, images)
+    np.save(tmp_path / "cut.npy", images)
+    os.truncate(tmp_path / "cut.npy", 500)
+    with (tmp_path / "zip.npy").open("wb") as file:
+        np.savez(file, x=images)
+    images_counted, reasons = counted_and_listed(*sorted(tmp_path.glob("*.npy")))
+    assert images_counted == 0
+    assert "bytes for shape (3, 9, 11, 3), got 1910" in reasons["two.npy"]
+    assert "bytes for shape (3, 9, 11, 3), got 372" in reasons["cut.npy"]
+    assert "magic string" in reasons["zip.npy"]
+
+
+def test_links_to_themselves(tmp_path: Path) -> None:
+    folder = tmp_path / "loop"
+    folder.mkdir()
+    for name in ("self.png", "self.txt"):
+        (folder / name).symlink_to(name)
+    Image.fromarray(noise(8, 8, 0)).save(folder / "0.png")
+    content = stats(folder)
+    assert content["images"] == 1
+    assert content["skipped_files"] == 1
+    assert listed(content) == {"self.png": "Too many levels of symbolic links"}
+
+
+def test_lists_of_odd_names(tmp_path: Path) -> None:
+    names = ["0.png", "line\u2028separator.png", "page\x0cfeed.png", "last.png"]
+    for n, name in enumerate(names):
+        Image.fromarray(noise(8, 8, n)).save(tmp_path / name)
+    long = "n" * 300 + ".png"
+    (tmp_path / "list.txt").write_bytes("\r\n".join([*names, long]).encode("utf-8-sig"))
+    content = stats(tmp_path / "list.txt")
+    assert content["images"] == len(names)
+    assert content["unreadable"] == [{"key": long, "reason": "File name too long"}]
+    named = run("stats", tmp_path / long, "--json")
+    assert named.exit_code == cli.NOTHING
+    assert json.loads(named.stdout)["unreadable"][0]["reason"] == "File name too long"
+
+
+@contextmanager
+def closed(folder: Path, mode: int) -> Iterator[None]:
+    """A folder that this process may not look into, nor root, which becomes nobody meanwhile."""
+    before = os.geteuid()
+    folder.chmod(mode)
+    try:
+        if before == 0:
+            os.seteuid(65534)
+        yield
+    finally:
+        os.seteuid(before)
+        folder.chmod(0o755)
+
+
+def test_files_in_a_closed_folder_are_listed() -> None:
+    Image.init()  # nobody might not be able to import what it needs
+    with tempfile.TemporaryDirectory() as place:
+        Path(place).chmod(0o755)  # not in pytest's own folder, which nobody may enter
+        folder = Path(place) / "closed"
+        folder.mkdir()
+        image = folder / "0.png"
+        Image.fromarray(noise(8, 8, 0)).save(image)
+        listing = Path(place) / "list.txt"
+        listing.write_text("closed/0.png\n")
+        # With names that can be read, so that a glob matches, but nothing behind them.
+        with closed(folder, 0o744):
+            for path in (image, listing, folder, f"{folder}/*.png"):
+                found = _image_files.find_images([str(path)])
+                piece = count_piece(found.files, Reading(), "", 1)
+                assert piece.statistics.images == 0
+                [(_, reason)] = [*found.unreadable, *piece.unreadable]
+                assert reason == "Permission denied", path
 
 
 def test_globs_lists_and_folders_agree(photos: Path, tmp_path: Path) -> None:

@@ -84,7 +84,11 @@ def count_piece(work: Work, reading: Reading, split: str, folds: int) -> Piece:
     """Decode and count some images: what a worker does."""
     piece = Piece(ChannelStatistics(split, folds))
     if isinstance(work, ArrayPart):
-        _count_array(work, reading, piece)
+        try:
+            _count_array(work, reading, piece)
+        except Exception as error:  # whatever a damaged file leads to
+            piece.statistics = ChannelStatistics(split, folds)  # what is listed does not count
+            piece.unreadable.append(Unreadable(work.key, reason_of(error)))
     else:
         _count_files(work, reading, piece)
     return piece
@@ -114,17 +118,14 @@ def _count_files(files: list[ImageFile], reading: Reading, piece: Piece) -> None
 
 
 def _count_array(part: ArrayPart, reading: Reading, piece: Piece) -> None:
-    try:
+    start = time.perf_counter()
+    for keys, batch in read_array(part):
+        images: Any = batch
+        if reading.resize is not None or reading.crop is not None:
+            images = [transform(_image_of(array), reading) for array in batch]
+        piece.decode_seconds += time.perf_counter() - start
+        _update(piece, images, keys)
         start = time.perf_counter()
-        for keys, batch in read_array(part):
-            images: Any = batch
-            if reading.resize is not None or reading.crop is not None:
-                images = [transform(_image_of(array), reading) for array in batch]
-            piece.decode_seconds += time.perf_counter() - start
-            _update(piece, images, keys)
-            start = time.perf_counter()
-    except Exception as error:  # whatever a damaged file leads to
-        piece.unreadable.append(Unreadable(part.key, reason_of(error)))
 
 
 def _update(piece: Piece, images: Any, keys: list[str]) -> None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import glob
 import io
+import math
 import os
+import posixpath
 import stat
 import tarfile
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,6 +50,7 @@ class ImageFile(NamedTuple):
     path: str
     offset: int = 0
     size: int = -1
+    header: int = 0  # where its own header lies in a tar file: links share the bytes of another
 
 
 class ArrayPart(NamedTuple):
@@ -56,13 +59,13 @@ class ArrayPart(NamedTuple):
     key: str
     path: str
     member: str  # of an .npz file, or empty
-    layout: str  # a permutation of NHWC; without N for one image, without C for one channel
+    layout: str  # NHWC or NCHW; without N for one image, without C for one channel
     start: int
     stop: int
 
-    def keys(self) -> list[str]:
-        """The keys of the images."""
-        return [f"{self.key}[{n}]" for n in range(self.start, self.stop)]
+    def key_of(self, n: int) -> str:
+        """The key of an image."""
+        return f"{self.key}[{n}]"
 
 
 #: What a worker does at a time.
@@ -162,7 +165,13 @@ def _expand(paths: Iterable[str]) -> list[tuple[Path, str]]:
             folder = Path(*parts[:fixed])
             expanded += [(Path(match), folder) for match in matches]
         else:
-            raise UsageProblemError(f"expected {path!r} to exist, got nothing there")
+            try:
+                os.lstat(path)
+            except (FileNotFoundError, NotADirectoryError):
+                raise UsageProblemError(f"expected {path!r} to exist, got nothing there") from None
+            except OSError:
+                pass  # it may well exist: whoever reads it says why it cannot be read
+            expanded.append((Path(path), Path(path)))
     labels = _labels(root for _, root in expanded)
     return [
         (path, labels[root] + _printable("" if path == root else f"/{path.relative_to(root)}"))
@@ -173,7 +182,7 @@ def _expand(paths: Iterable[str]) -> list[tuple[Path, str]]:
 def _labels(roots: Iterable[Path]) -> dict[Path, str]:
     """As much of the end of each path as tells it apart; of a file its folder too."""
     parts = {root: Path(os.path.abspath(root)).parts for root in roots}  # noqa: PTH100
-    lengths = {root: 1 if root.is_dir() else 2 for root in parts}
+    lengths = {root: 1 if _is_folder(root) else 2 for root in parts}
     while True:
         taken: dict[str, list[Path]] = {}
         for root, length in lengths.items():
@@ -190,6 +199,14 @@ def _labels(roots: Iterable[Path]) -> dict[Path, str]:
             return {root: label for label, group in taken.items() for root in group}
         for root in longer:
             lengths[root] += 1
+
+
+def _is_folder(path: Path | os.DirEntry[str]) -> bool:
+    """What cannot be looked at is none: whoever reads it says why it cannot be read."""
+    try:
+        return path.is_dir()
+    except OSError:  # a link to itself, a folder that is closed to us, a name that is too long
+        return False
 
 
 def _printable(name: str) -> str:
@@ -211,12 +228,14 @@ class _Finder:
     def add(self, path: Path, key: str, named: bool = False) -> None:
         """Add a path; of what stands in folders only that which looks like images."""
         name = path.name.lower()
-        if path.is_dir():
+        if _is_folder(path):
             self.add_folder(path, key, ())
-        elif name.endswith(_ARRAYS):
-            self.guarded(self.add_array_file, path, key)
+        elif name.endswith(".npy"):
+            self.guarded(key, self.add_npy, path)
+        elif name.endswith(".npz"):
+            self.guarded(key, self.add_npz, path)
         elif name.endswith(".tar"):
-            self.guarded(self.add_shard, path, key)
+            self.guarded(key, self.add_shard, path)
         elif name.endswith(_PACKED_TARS):
             self.problem(key, "a compressed tar file cannot be read in place; unpack it to .tar")
         elif named and path.suffix.lower() in (".txt", ".lst", ".list"):
@@ -226,10 +245,9 @@ class _Finder:
         else:
             self.found.skipped += 1
 
-    def guarded(self, add: Any, path: Path, key: str) -> None:
+    def guarded(self, key: str, add: Callable[..., None], *what: Any) -> None:
         try:
-            _check_regular(path)
-            add(path, key)
+            add(key, *what)
         except Exception as error:  # whatever a damaged file leads to
             self.problem(key, error)
 
@@ -247,7 +265,7 @@ class _Finder:
             return
         for entry in entries:
             entry_key = f"{key}/{_printable(entry.name)}"
-            if entry.is_dir():
+            if _is_folder(entry):
                 self.add_folder(Path(entry.path), entry_key, (*above, here))
             elif os.path.splitext(entry.name)[1].lower() in self.images:  # noqa: PTH122  (quick)
                 self.found.files.append(ImageFile(entry_key, entry.path))
@@ -257,17 +275,19 @@ class _Finder:
     def add_list(self, path: Path, key: str) -> None:
         """A text file of paths; relative ones start at its folder."""
         try:
-            lines = path.read_text().splitlines()
+            # Some editors begin a file with a mark of its encoding. Not splitlines(): it ends lines
+            # at characters that stand in names.
+            lines = path.read_text("utf-8-sig").split("\n")
         except (OSError, ValueError) as error:
             raise UsageProblemError(
                 f"expected {str(path)!r} to be a list of paths: {error}"
             ) from None
         for number, line in enumerate(lines, 1):
-            text = line.strip()
+            text = line.strip(" \t")
             if not text or text.startswith("#"):
                 continue
             entry = path.parent / text
-            if entry.is_dir():
+            if _is_folder(entry):
                 raise UsageProblemError(
                     f"expected line {number} of {str(path)!r} to be a file, got the folder {text!r}"
                 )
@@ -277,82 +297,141 @@ class _Finder:
             else:
                 self.found.files.append(ImageFile(entry_key, str(entry)))
 
-    def add_shard(self, path: Path, key: str) -> None:
+    def add_shard(self, key: str, path: Path) -> None:
         """A tar file: its members are read in place later, wherever they lie."""
-        with tarfile.open(path, "r:") as shard:
-            for member in shard:
-                if not member.isfile():
-                    continue
-                suffix = os.path.splitext(member.name)[1].lower()  # noqa: PTH122
-                if suffix in self.images and not member.issparse():
-                    place = (str(path), member.offset_data, member.size)
-                    self.found.files.append(ImageFile(f"{key}/{_printable(member.name)}", *place))
-                else:
-                    self.found.skipped += 1
-        _check_end_of_tar(path, shard.offset)
+        _size_of_regular(path)
+        members: list[tarfile.TarInfo] = []
+        try:
+            with tarfile.open(path, "r:") as shard:
+                members.extend(shard)
+            _check_end_of_tar(path, shard.offset)
+        finally:  # what stands before a damage counts
+            self.add_members(key, path, members)
 
-    def add_array_file(self, path: Path, key: str) -> None:
-        if path.suffix.lower() == ".npy":
-            self.add_array(path, key, "", np.load(path, mmap_mode="r", allow_pickle=False))
-            return
-        with zipfile.ZipFile(path) as file:
-            members = [name for name in file.namelist() if name.endswith(".npy")]
-        before = len(self.found.arrays)
+    def add_members(self, key: str, path: Path, members: list[tarfile.TarInfo]) -> None:
+        by_name: dict[str, tarfile.TarInfo] = {}
         for member in members:
-            shape, dtype = _header_in_zip(path, member)
-            if dtype == np.uint8 and len(shape) >= 3:
-                array = open_array(str(path), member)
-                self.add_array(path, f"{key}/{member.removesuffix('.npy')}", member, array)
+            by_name.setdefault(posixpath.normpath(member.name), member)
+        keys: set[str] = set()
+        for member in members:
+            if member.isdir():
+                continue
+            if posixpath.splitext(member.name)[1].lower() not in self.images:
+                self.found.skipped += 1
+                continue
+            member_key = f"{key}/{_printable(member.name)}"
+            file = _follow(member, by_name)
+            if member_key in keys:
+                self.problem(member_key, "another member of this name, not counted; the first is")
+            elif file is None:
+                self.problem(member_key, f"no file in the tar file at {member.linkname!r}")
+            elif not file.isfile():
+                self.problem(member_key, "not a regular file")
+            elif file.issparse():
+                self.problem(member_key, "a sparse file cannot be read in place; unpack it")
             else:
-                self.found.skipped += 1  # labels, say
-        if len(self.found.arrays) == before:
+                place = (str(path), file.offset_data, file.size, member.offset)
+                self.found.files.append(ImageFile(member_key, *place))
+            keys.add(member_key)
+
+    def add_npy(self, key: str, path: Path) -> None:
+        size = _size_of_regular(path)
+        with path.open("rb") as file:
+            self.add_array(key, path, "", _read_header(file), size - file.tell())
+
+    def add_npz(self, key: str, path: Path) -> None:
+        _size_of_regular(path)
+        before = len(self.found.arrays) + len(self.found.unreadable)
+        with zipfile.ZipFile(path) as file:
+            names = file.namelist()
+            for name in sorted(set(names)):
+                if name.endswith(".npy"):
+                    member_key = f"{key}/{_printable(name.removesuffix('.npy'))}"
+                    self.guarded(member_key, self.add_member, path, file, name)
+                elif not name.endswith("/"):
+                    self.found.skipped += 1
+        if len(names) > len(set(names)):
+            raise ValueError("two members have one name; only the last of them is read")
+        if len(self.found.arrays) + len(self.found.unreadable) == before:
             raise ValueError("no uint8 array of images in it")
 
-    def add_array(self, path: Path, key: str, member: str, array: np.ndarray) -> None:
-        if array.dtype != np.uint8:
-            raise TypeError(f"expected an array of dtype uint8, got {array.dtype}")
-        layout = self.layout or _layout_of(array.shape)
-        if len(layout) != array.ndim:
-            raise ValueError(f"expected an array in the layout {layout}, got shape {array.shape}")
-        count = array.shape[layout.index("N")] if "N" in layout else 1
-        channels = array.shape[layout.index("C")] if "C" in layout else 1
-        if array.size > 0:
-            part = ArrayPart(key, str(path), member, layout, 0, count)
-            self.found.arrays.append((part, channels))
+    def add_member(self, key: str, path: Path, file: zipfile.ZipFile, name: str) -> None:
+        with file.open(name) as stream:
+            header = _read_header(stream)
+            size = file.getinfo(name).file_size - stream.tell()
+        if header.dtype == np.uint8 and len(header.shape) >= 3:
+            self.add_array(key, path, name, header, size)
+        else:
+            self.found.skipped += 1  # labels, say
 
-
-def _check_regular(path: Path | str) -> None:
-    """A pipe would wait for somebody to write."""
-    _size_of_regular(path)
+    def add_array(self, key: str, path: Path, member: str, header: _Header, size: int) -> None:
+        shape = header.shape
+        if header.dtype != np.uint8:
+            raise TypeError(f"expected an array of dtype uint8, got {header.dtype}")
+        layout = self.layout or _layout_of(shape)
+        if len(layout) != len(shape):
+            raise ValueError(f"expected an array in the layout {layout}, got shape {shape}")
+        if math.prod(shape) != size:
+            raise ValueError(f"expected {math.prod(shape)} bytes for shape {shape}, got {size}")
+        if size == 0:
+            raise ValueError(f"expected at least 1 pixel, got shape {shape}")
+        count = shape[layout.index("N")] if "N" in layout else 1
+        channels = shape[layout.index("C")] if "C" in layout else 1
+        self.found.arrays.append((ArrayPart(key, str(path), member, layout, 0, count), channels))
 
 
 def _size_of_regular(path: Path | str) -> int:
+    """A pipe would wait for somebody to write."""
     status = os.stat(path)  # noqa: PTH116
     if not stat.S_ISREG(status.st_mode):
         raise ValueError("not a regular file")
     return status.st_size
 
 
+def _follow(member: tarfile.TarInfo, by_name: dict[str, tarfile.TarInfo]) -> tarfile.TarInfo | None:
+    """The member that a link leads to; None if that is not in the tar file."""
+    followed: set[int] = set()
+    found: tarfile.TarInfo | None = member
+    while found is not None and (found.islnk() or found.issym()):
+        if found.offset in followed:
+            return None
+        followed.add(found.offset)
+        # A symbolic link starts at its folder, a hard link at the top.
+        folder = posixpath.dirname(found.name) if found.issym() else ""
+        found = by_name.get(posixpath.normpath(posixpath.join(folder, found.linkname)))
+    return found
+
+
 def _check_end_of_tar(path: Path, end: int) -> None:
-    """Python takes a tar file that is cut off between two members for a whole one."""
+    """Python takes a damaged header for the end of a tar file, and a cut between members too."""
     with path.open("rb") as file:
         file.seek(end)
-        if len(file.read(512)) < 512:
+        rest = file.read(512)
+        if len(rest) < 512:
             raise ValueError("the tar file is cut off")
+        while rest:
+            if rest.strip(b"\0"):
+                raise ValueError(
+                    f"expected only zeros from byte {end} on, got a damaged header or a second tar "
+                    "file behind the first; nothing from there on is counted"
+                )
+            rest = file.read(1 << 20)
 
 
 def _layout_of(shape: tuple[int, ...]) -> str:
     """What the dimensions of an array are, if that is beyond doubt."""
     few = (1, 3, 4)
-    choices = {
-        2: ["HW"],
-        3: ["NHW"] if shape[-1] not in few else ["NHW", "HWC"],
-        4: [
-            layout
-            for layout, axis in (("NHWC", -1), ("NCHW", 1))
-            if len(shape) == 4 and shape[axis] in few
-        ],
-    }.get(len(shape), [])
+    choices: list[str] = []
+    if len(shape) == 2:
+        choices = ["HW"]
+    elif len(shape) == 3:
+        choices = ["NHW"]
+        if shape[-1] in few:
+            choices.append("HWC")
+        if shape[0] in few[1:]:  # one channel of one image is one gray image
+            choices.append("CHW")
+    elif len(shape) == 4:
+        choices = [name for name, axis in (("NHWC", -1), ("NCHW", 1)) if shape[axis] in few]
     if len(choices) == 1:
         return choices[0]
     if choices:
@@ -386,14 +465,12 @@ def plan_work(found: Found, reading: Reading, done: Any, files_each: int) -> lis
 
 def _pieces(part: ArrayPart, done: Any) -> Iterator[ArrayPart]:
     """The images of an array that are not done, in runs of at most 512."""
-    if _is_compressed(part):
-        # Unpacked from its start each time: so once, unless a part of it was counted already.
-        longest = part.stop
-    else:
-        longest = _PIECE_IMAGES
+    # Of an .npz file read from its start to its end each time: so once, unless a part of it was
+    # counted already.
+    longest = part.stop if part.member else _PIECE_IMAGES
     start = None
-    for n, key in zip(range(part.start, part.stop), part.keys(), strict=True):
-        if done(key):
+    for n in range(part.start, part.stop):
+        if done(part.key_of(n)):
             if start is not None:
                 yield part._replace(start=start, stop=n)
             start = None
@@ -465,86 +542,65 @@ def transform(image: Image.Image, reading: Reading) -> Image.Image:
 
 
 def read_array(part: ArrayPart) -> Iterator[tuple[list[str], np.ndarray]]:
-    """Keys and (N, H, W, C) views of the images of an array, some at a time."""
-    keys = part.keys()
-    for start, array in _open_pieces(part):
-        layout = "".join(d for d in "NC" if d not in part.layout) + part.layout
+    """Keys and (N, H, W, C) views of the images of an array, some at a time.
+
+    Damage to a member of an .npz file may show at its end only.
+    """
+    layout = part.layout if "N" in part.layout else f"N{part.layout}"
+    layout = layout if "C" in layout else f"C{layout}"
+    for start, array in _in_npz(part) if part.member else _mapped(part):
         batch = array.reshape((1,) * (4 - array.ndim) + array.shape)  # a view: ones in front
         batch = batch.transpose([layout.index(d) for d in "NHWC"])
-        first = start - part.start
-        yield keys[first : first + len(batch)], batch
+        yield [part.key_of(start + n) for n in range(len(batch))], batch
 
 
-def _open_pieces(part: ArrayPart) -> Iterator[tuple[int, np.ndarray]]:
-    """The images from ``part.start`` on, in pieces of bounded size, each with its first index."""
-    array = open_array(part.path, part.member)
+def _mapped(part: ArrayPart) -> Iterator[tuple[int, np.ndarray]]:
+    """The images of an .npy file, in pieces of bounded size, each with its first index."""
+    yield from _cut(part, np.lib.format.open_memmap(part.path, mode="r"))
+
+
+def _cut(part: ArrayPart, array: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     if "N" not in part.layout:
-        yield 0, array if not _is_compressed(part) else _unpack(part, array.shape)
-        return
-    axis = part.layout.index("N")
-    bytes_each = max(array.nbytes // array.shape[axis], 1)
-    images_each = max(min(_PIECE_BYTES // bytes_each, _PIECE_IMAGES), 1)
-    if not _is_compressed(part):
-        for start in range(part.start, part.stop, images_each):
-            stop = min(start + images_each, part.stop)
-            yield start, array[(slice(None),) * axis + (slice(start, stop),)]
-        return
-    if axis != 0:
-        raise ValueError(f"expected a compressed array with N first, got {part.layout}")
+        array = array[None]
+    step = _images_each(array.shape)
+    for start in range(part.start, part.stop, step):
+        yield start, array[start : min(start + step, part.stop)]
+
+
+def _in_npz(part: ArrayPart) -> Iterator[tuple[int, np.ndarray]]:
+    """The same of a member of an .npz file, which is read to its end.
+
+    There ``zipfile`` compares the checksum; it would not if the bytes were mapped.
+    """
     with zipfile.ZipFile(part.path) as file, file.open(part.member) as stream:
-        _read_header(stream)
-        for start in range(0, part.stop, images_each):
-            count = min(images_each, part.stop - start)
-            piece = np.frombuffer(stream.read(count * bytes_each), np.uint8)
-            piece = piece.reshape(count, *array.shape[1:])
-            skip = max(part.start - start, 0)
-            if skip < count:
-                yield start + skip, piece[skip:]
+        shape, fortran, _ = _read_header(stream)
+        if fortran:  # the bytes of an image lie apart
+            yield from _cut(part, np.frombuffer(stream.read(), np.uint8).reshape(shape, order="F"))
+            return
+        if "N" not in part.layout:
+            shape = (1, *shape)
+        step = _images_each(shape)
+        for start in range(0, shape[0], step):
+            count = min(step, shape[0] - start)
+            piece = np.frombuffer(stream.read(count * math.prod(shape[1:])), np.uint8)
+            piece = piece.reshape(count, *shape[1:])
+            first, stop = max(start, part.start), min(start + count, part.stop)
+            if first < stop:
+                yield first, piece[first - start : stop - start]
 
 
-def _unpack(part: ArrayPart, shape: tuple[int, ...]) -> np.ndarray:
-    with zipfile.ZipFile(part.path) as file, file.open(part.member) as stream:
-        _read_header(stream)
-        return np.frombuffer(stream.read(), np.uint8).reshape(shape)
+def _images_each(shape: tuple[int, ...]) -> int:
+    return max(min(_PIECE_BYTES // math.prod(shape[1:]), _PIECE_IMAGES), 1)
 
 
-def open_array(path: str, member: str) -> np.ndarray:
-    """An .npy file, or an uncompressed member of an .npz file, mapped and not read."""
-    if not member:
-        array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-        return array
-    with zipfile.ZipFile(path) as file:
-        entry = file.getinfo(member)
-        with file.open(entry) as stream:
-            shape, fortran, dtype = _read_header(stream)
-            header = stream.tell()
-    if entry.compress_type != zipfile.ZIP_STORED:
-        if fortran:
-            raise ValueError("expected a compressed array in C order, got Fortran order")
-        return np.broadcast_to(np.zeros((), dtype), shape)  # its shape; read piece by piece
-    with Path(path).open("rb") as raw:
-        raw.seek(entry.header_offset + 26)
-        name_bytes, extra_bytes = np.frombuffer(raw.read(4), "<u2").tolist()
-    offset = entry.header_offset + 30 + name_bytes + extra_bytes + header
-    order: Any = "F" if fortran else "C"
-    return np.memmap(path, dtype, "r", offset, shape, order)
+class _Header(NamedTuple):
+    shape: tuple[int, ...]
+    fortran: bool
+    dtype: np.dtype[Any]
 
 
-def _is_compressed(part: ArrayPart) -> bool:
-    if not part.member:
-        return False
-    with zipfile.ZipFile(part.path) as file:
-        return file.getinfo(part.member).compress_type != zipfile.ZIP_STORED
-
-
-def _header_in_zip(path: Path | str, member: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    with zipfile.ZipFile(path) as file, file.open(member) as stream:
-        shape, _, dtype = _read_header(stream)
-    return shape, dtype
-
-
-def _read_header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+def _read_header(stream: Any) -> _Header:
     version = np.lib.format.read_magic(stream)
     if version == (1, 0):
-        return np.lib.format.read_array_header_1_0(stream)
-    return np.lib.format.read_array_header_2_0(stream)
+        return _Header(*np.lib.format.read_array_header_1_0(stream))
+    return _Header(*np.lib.format.read_array_header_2_0(stream))
