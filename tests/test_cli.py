@@ -436,6 +436,7 @@ def test_no_member_of_a_shard_vanishes(shard: Path) -> None:
         "pipe.png": (tarfile.FIFOTYPE, ""),
         "pipe.txt": (tarfile.FIFOTYPE, ""),
         "folder.png": (tarfile.DIRTYPE, ""),
+        "holes.png": (tarfile.GNUTYPE_SPARSE, ""),
     }
     with tarfile.open(shard, "a") as file:
         for name, (kind, target) in kinds.items():
@@ -454,6 +455,7 @@ def test_no_member_of_a_shard_vanishes(shard: Path) -> None:
         "round.png": "no file in the tar file at 'round.png'",
         "lost.png": "no file in the tar file at 'lost too.png'",
         "pipe.png": "not a regular file",
+        "holes.png": "a sparse file cannot be read in place; unpack it",
         "0.png": "another member of this name, not counted; the first is",
     }
 
@@ -468,7 +470,7 @@ def header_of(shape: tuple[int, ...]) -> bytes:
 
 
 @pytest.mark.parametrize("kind", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
-@pytest.mark.parametrize("count", [2, 4, 99999999999999, 1 << 61])
+@pytest.mark.parametrize("count", [2, 4, 10_000_000, 1 << 61])
 def test_npz_members_hold_what_they_claim(tmp_path: Path, kind: int, count: int) -> None:
     images = np.stack([noise(9, 11, seed) for seed in range(3)])
     with zipfile.ZipFile(tmp_path / "a.npz", "w", kind) as file:
@@ -500,8 +502,11 @@ def test_of_a_damaged_npz_member_nothing_counts(tmp_path: Path, save: Any, order
     assert reasons == {"a.npz/x": "Bad CRC-32 for file 'x.npy'"}
 
 
-def test_the_checksum_of_a_member_is_compared_where_images_are_left_out(tmp_path: Path) -> None:
-    np.savez(tmp_path / "a.npz", x=np.zeros((3, 9, 11, 3), np.uint8))
+def test_the_checksum_of_a_member_is_compared_where_images_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_image_files, "_PIECE_IMAGES", 1)
+    np.savez(tmp_path / "a.npz", x=np.zeros((3, 90, 110, 3), np.uint8))
     content = bytearray((tmp_path / "a.npz").read_bytes())
     content[content.index(b"PK\x01\x02") - 1] ^= 1  # in the last image
     (tmp_path / "a.npz").write_bytes(content)

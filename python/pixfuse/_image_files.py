@@ -109,8 +109,9 @@ def find_images(paths: Iterable[str], layout: str | None = None) -> Found:
 
     Args:
         paths: folders (recursive, symbolic links are followed but for loops), globs (``**``
-            included), text files with a path in each line, ``.npy``, ``.npz``, ``.tar``, images.
-        layout: of arrays; None to tell by their shape.
+            included), text files (UTF-8) with a path in each line, ``.npy``, ``.npz``, ``.tar``,
+            images.
+        layout: of arrays; None to tell by their shape, if that is beyond doubt.
 
     Raises:
         UsageProblemError: a path does not exist, or a glob matches nothing.

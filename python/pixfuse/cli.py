@@ -164,7 +164,7 @@ def _flat(content: dict[str, Any], above: str = "") -> Iterator[tuple[str, str]]
 @click.option(
     "--layout",
     type=click.Choice(["NHWC", "NCHW", "NHW", "HWC", "CHW", "HW"]),
-    help="Order of the dimensions of arrays. Default: by their shape.",
+    help="Order of the dimensions of arrays. Default: by their shape, if that is beyond doubt.",
 )
 @click.option(
     "--output",
@@ -208,7 +208,9 @@ def stats(
 
     PATHS are folders (with all folders in them), globs, text files (.txt, .lst, .list) with a path
     in each line, images, .npy and .npz arrays, and .tar shards. Of a folder or shard, files that
-    are not named like images are skipped; files that cannot be read are listed.
+    are not named like images are skipped; files that cannot be read are listed. Links count as
+    what they lead to; of a damaged shard what stands before the damage counts, of a damaged array
+    nothing.
 
     Every image counts in whole numbers, so the result is the same for any order, number of workers
     and number of processes. Under torchrun each process takes its part of the images.
