@@ -541,11 +541,13 @@ def test_npy_files_hold_one_array(tmp_path: Path) -> None:
     os.truncate(tmp_path / "cut.npy", 500)
     with (tmp_path / "zip.npy").open("wb") as file:
         np.savez(file, x=images)
+    (tmp_path / "minus.npy").write_bytes(header_of((-3, -9, 11, 3)) + images.tobytes())
     images_counted, reasons = counted_and_listed(*sorted(tmp_path.glob("*.npy")))
     assert images_counted == 0
     assert "bytes for shape (3, 9, 11, 3), got 1910" in reasons["two.npy"]
     assert "bytes for shape (3, 9, 11, 3), got 372" in reasons["cut.npy"]
     assert "magic string" in reasons["zip.npy"]
+    assert reasons["minus.npy"] == "expected at least 1 pixel, got shape (-3, -9, 11, 3)"
 
 
 def test_links_to_themselves(tmp_path: Path) -> None:

@@ -372,10 +372,10 @@ class _Finder:
         layout = self.layout or _layout_of(shape)
         if len(layout) != len(shape):
             raise ValueError(f"expected an array in the layout {layout}, got shape {shape}")
+        if min(shape) < 1:
+            raise ValueError(f"expected at least 1 pixel, got shape {shape}")
         if math.prod(shape) != size:
             raise ValueError(f"expected {math.prod(shape)} bytes for shape {shape}, got {size}")
-        if size == 0:
-            raise ValueError(f"expected at least 1 pixel, got shape {shape}")
         count = shape[layout.index("N")] if "N" in layout else 1
         channels = shape[layout.index("C")] if "C" in layout else 1
         self.found.arrays.append((ArrayPart(key, str(path), member, layout, 0, count), channels))
