@@ -26,8 +26,9 @@ from PIL import Image, UnidentifiedImageError
 #: Modes whose pixels have more than 8 bits; conversion would clip them.
 _WIDE_MODES = ("I", "F")
 _CHANNELS = {"L": 1, "RGB": 3, "RGBA": 4}
-#: How much of an array is looked at in one piece, at most.
-_PIECE_BYTES, _PIECE_IMAGES = 64 << 20, 512
+#: How much of an array is looked at in one piece, at most: what is read stays in the cache until it
+#: is counted, and its memory is used again.
+_PIECE_BYTES, _PIECE_IMAGES = 4 << 20, 512
 _ARRAYS = (".npy", ".npz")
 _PACKED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
