@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.nn.functional import conv2d, max_pool2d, pad, relu
 
 import pixfuse
@@ -469,6 +470,25 @@ def test_small_and_large_results_of_float16(isa: str) -> None:
         options["dtype"] = torch.bfloat16
         ours, activity = pixfuse.conv_bias_relu(images, weight, wide, **options)
         assert_same_bits(ours.flatten(), wide.bfloat16())
+
+
+def test_minus_zero_becomes_zero(isa: str) -> None:
+    """In float16 every small sum below 0 is one."""
+    for channels, dtype in itertools.product((3, 8), DTYPES):
+        for memory_format in FORMATS:
+            input = torch.zeros(1, channels, 5, 9, dtype=dtype)
+            weight = torch.full((20, channels, 3, 3), -1.0, dtype=dtype)
+            ours, activity = pixfuse.conv_bias_relu(
+                input, weight, torch.full((20,), -0.0, dtype=dtype), memory_format=memory_format
+            )
+            zeros = torch.zeros(1, 20, 3, 7, dtype=dtype)
+            assert_same_bits(ours, zeros.contiguous(memory_format=memory_format))
+            assert activity.dead_count == 20
+            assert activity.nan.sum() == 0
+    small = torch.full((1, 8, 2, 2), 1e-4, dtype=torch.float16)
+    weight = torch.full((1, 8, 1, 1), -1e-5, dtype=torch.float16)
+    ours, _ = pixfuse.conv_bias_relu(small, weight)
+    assert_same_bits(ours, torch.zeros(1, 1, 2, 2, dtype=torch.float16))
 
 
 def test_the_same_bits_for_any_number_of_threads(isa: str) -> None:
@@ -931,6 +951,23 @@ def test_rounding_wakes_no_dead_channel(isa: str) -> None:
         assert bool((ours[:, 50:] > 1e-20).any()) is not is_in_digits(case, isa)
 
 
+@pytest.mark.parametrize("padding", [0, 3, 7, 9])
+def test_rounding_wakes_no_dead_channel_in_the_padding(isa: str, padding: int) -> None:
+    """Where an output sees nothing else, and no pixel is 0: all its channels are, at once."""
+    normalization = pixfuse.Normalization((-0.5, 1.5, -0.5), (1.0, 1.0, 1.0))
+    weight = torch.rand(256, 3, 7, 7)
+    weight[:, 1] = (weight[:, 0] + weight[:, 2]) * 3 * (1 + 1e-4)
+    bias = torch.full((256,), -1e-30)
+    images = torch.full((1, 3, 20, 24), 255, dtype=torch.uint8)
+    certain = pixfuse.certified_dead(weight, bias, normalization=normalization, padding=padding)
+    assert certain.all()
+    ours, activity = pixfuse.conv_bias_relu(
+        images, weight, bias, padding=padding, normalization=normalization
+    )
+    assert activity.dead_count == 256
+    assert not ours.any()
+
+
 @pytest.mark.parametrize("mean", [-1.0, 0.45])
 def test_a_dead_channel_is_dead_with_a_bias(isa: str, mean: float) -> None:
     """Also where its bias is above 0: no pixel is 0 after a normalization to [1, 2]."""
@@ -1031,6 +1068,12 @@ DIGITS = [
     # More than a block of output channels: patches that fit for all of them, or are too large.
     Case(3, 70, (9, 9), (50, 2), (4, 0), size=(130, 90)),
     Case(3, 130, (31, 30), (1, 2), 3, size=(33, 180), images=1),
+    # All outputs see the same part of the kernel, which is not all of it.
+    Case(3, 16, (11, 11), 1, 1, size=(9, 9)),
+    Case(3, 16, (7, 7), 1, 3, size=(1, 1)),
+    Case(3, 16, (16, 16), 16, 1, size=(14, 14)),
+    Case(3, 16, (7, 7), 4, (2, 0), size=(6, 32)),
+    Case(3, 16, (10, 10), 2, 1, size=(8, 8)),
 ]
 
 
@@ -1515,6 +1558,26 @@ def test_what_torch_func_can_do() -> None:
         assert_same_bits(output, pixfuse.conv_bias_relu(input, weight)[0])
     with pytest.raises(RuntimeError, match=r"autograd.Function with functorch transforms"):
         torch.func.grad(lambda w: pixfuse.conv_bias_relu(input, w)[0].sum())(weights[0])
+
+
+@pytest.mark.parametrize("name", ["input", "weight", "bias"])
+def test_forward_mode_is_refused(name: str) -> None:
+    """Not left out of the result."""
+    tensors: dict[str, Any] = {"input": INPUT, "weight": WEIGHT, "bias": BIAS}
+
+    def output(tensor: torch.Tensor) -> torch.Tensor:
+        return pixfuse.conv_bias_relu(**{**tensors, name: tensor})[0]
+
+    given = tensors[name]
+    message = f"expected no forward-mode derivative, got {name} with a tangent"
+    with pytest.raises(NotImplementedError, match=message):
+        torch.func.jvp(output, (given,), (torch.ones_like(given),))
+    with pytest.raises(NotImplementedError, match=message):
+        torch.func.jacfwd(output)(given)
+    with forward_ad.dual_level():
+        assert_same_bits(output(given), pixfuse.conv_bias_relu(**tensors)[0])
+        with pytest.raises(NotImplementedError, match=message):
+            output(forward_ad.make_dual(given, torch.ones_like(given)))
 
 
 # --- errors ---

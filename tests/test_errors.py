@@ -387,6 +387,42 @@ def test_out_is_untouched_by_any_error(case: str) -> None:
     assert bool((out == 7.0).all())
 
 
+def freed(tensor: torch.Tensor, left: int = 0) -> torch.Tensor:
+    """A tensor whose storage was given back, as FSDP does it, or made smaller."""
+    tensor.untyped_storage().resize_(left)
+    return tensor
+
+
+@pytest.mark.parametrize("side", [8, 700])  # small images go another way
+@pytest.mark.parametrize(
+    ("name", "call"),
+    {
+        "images": pixfuse.normalize,
+        "out": lambda out: pixfuse.normalize(out.new_zeros(out.shape).byte(), out=out),
+        "images of channel_histogram": pixfuse.channel_histogram,
+        "images of image_moments": pixfuse.image_moments,
+        "images of standardize_per_image": pixfuse.standardize_per_image,
+        "tensor": lambda tensor: pixfuse.denormalize(tensor, pixfuse.UNIT),
+        "input": lambda input: pixfuse.conv_bias_relu(input, torch.ones(8, 3, 3, 3)),
+        "weight": lambda weight: pixfuse.conv_bias_relu(torch.ones(1, 3, 900, 900), weight),
+        "bias": lambda bias: pixfuse.conv_bias_relu(
+            torch.ones(1, 3, 9, 9), torch.ones(bias.numel(), 3, 3, 3), bias.flatten()
+        ),
+    }.items(),
+)
+def test_memory_that_was_freed(name: str, call: Callable[[torch.Tensor], Any], side: int) -> None:
+    of_bytes = name.startswith("images")
+    tensor = torch.zeros(2, 3, side, side, dtype=torch.uint8 if of_bytes else torch.float32)
+    message = (
+        f"expected {name.split(maxsplit=1)[0]} to have memory for [0-9]+ bytes, got a storage of "
+    )
+    with pytest.raises(ValueError, match=f"{message}0; was it freed or resized"):
+        call(freed(tensor))
+    if side > 8:
+        with pytest.raises(ValueError, match=f"{message}100; "):
+            call(freed(tensor.new_zeros(tensor.shape), left=100))
+
+
 def test_positional_options_are_refused() -> None:
     with pytest.raises(TypeError, match="positional"):
         pixfuse.normalize(IMAGES, pixfuse.CLIP, "NHWC")  # type: ignore[call-arg]

@@ -375,6 +375,19 @@ def test_activity_is_no_state() -> None:
     torch.save(module.state_dict(), saved)
     saved.seek(0)
     module.load_state_dict(torch.load(saved, weights_only=True))
+    for memory_format in (*FORMATS, torch.preserve_format):
+        module = ConvBiasReLU2d(3, 8, 3, memory_format=memory_format)
+        whole = through_a_file(module)
+        assert whole.memory_format is memory_format
+        assert_same_bits(whole(INPUT), module(INPUT))
+
+
+def through_a_file(module: nn.Module) -> Any:
+    """As torch.save and torch.load take a whole module."""
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
 
 
 def note_to_itself(module: Any, activity: UnitActivity) -> None:
@@ -864,6 +877,22 @@ def shared_with_what_is_kept_whole() -> nn.Module:
     return model
 
 
+def with_another_forward(part: str) -> nn.Module:
+    model = Small(nn.ReLU(), norm=nn.BatchNorm2d(8))
+    module = model.get_submodule(part)
+    forward = module.forward
+    cast(Any, module).forward = lambda x: 2 * forward(x)
+    return model
+
+
+def with_a_plain_weight() -> nn.Module:
+    model = Small(nn.ReLU())
+    weight = model.first.weight.detach()
+    del model.first.weight
+    cast(Any, model.first).weight = weight
+    return model
+
+
 LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "another user": (TwoUsers, "followed by 2 steps that use its output"),
     "another user, in place": (InPlaceWithTwoUsers, "followed by 2 steps that use its output"),
@@ -902,6 +931,16 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "a hook of the state dict": (with_state_dict_hook, "has hooks"),
     "a hook of the norm": (lambda: with_hook("norm"), "followed by norm, which has hooks"),
     "a hook of the ReLU": (lambda: with_hook("between"), "followed by between, which has hooks"),
+    "another forward": (lambda: with_another_forward("first"), "has a forward of its own"),
+    "another forward of the norm": (
+        lambda: with_another_forward("norm"),
+        "followed by norm, which has a forward of its own",
+    ),
+    "another forward of the ReLU": (
+        lambda: with_another_forward("between"),
+        "followed by between, which has a forward of its own",
+    ),
+    "no parameter": (with_a_plain_weight, "has a weight or bias that is not a parameter"),
     "parametrized": (parametrized, "has parametrizations"),
     "weight norm": (with_old_weight_norm, "has hooks"),
     "a subclass": (of_a_subclass, "is a TorchLayer, which does more than Conv2d"),
@@ -1070,7 +1109,7 @@ def test_a_fused_model_is_a_model() -> None:
     model = initialized(Small(nn.ReLU(), norm=nn.BatchNorm2d(8))).eval()
     fused, _ = fuse(model)
     expected = fused(INPUT)
-    for again in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+    for again in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused)), through_a_file(fused)):
         assert_same_bits(again(INPUT), expected)
         assert list(again.state_dict()) == list(fused.state_dict())
     twice, report = fuse(fused)
@@ -1198,6 +1237,12 @@ BAD_PIXELS: dict[str, tuple[nn.Module, Any, type[Exception], str]] = {
         pixfuse.UNIT,
         ValueError,
         r".*, got 0: is not a Conv2d",
+    ),
+    "float64": (
+        Small(F.relu).double(),
+        pixfuse.UNIT,
+        ValueError,
+        r".*, got first of float64; call model.float\(\) before",
     ),
 }
 

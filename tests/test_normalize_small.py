@@ -321,3 +321,5 @@ def test_transformed_functions_keep_the_operator() -> None:
 
     torch.func.vmap(normalize)(images)  # whose images have no memory of their own
     assert seen == [None]
+    whole = torch.func.functionalize(pixfuse.normalize)(images)
+    assert_same_bits(whole, pixfuse.reference.normalize(images))

@@ -23,11 +23,31 @@ struct TensorView {
   int64_t rank;        // 3 or 4; a tensor of rank 3 is a batch of one
 };
 
+// A storage can be given back, or made smaller, while tensors still look into it.
+inline void check_memory(const char* function, const Tensor& tensor, const char* name) {
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  const auto element_bytes = static_cast<int64_t>(tensor.element_size());
+  int64_t needed = 1, there = 0;
+  bool fits = aoti_torch_get_storage_offset(tensor.get(), &needed) == AOTI_TORCH_SUCCESS &&
+              aoti_torch_get_storage_size(tensor.get(), &there) == AOTI_TORCH_SUCCESS &&
+              !__builtin_add_overflow(needed, int64_t{1}, &needed);
+  for (int64_t d = 0; d < tensor.dim(); ++d) {
+    int64_t reach = 0;
+    if (sizes[d] == 0) return;
+    fits = fits && !__builtin_mul_overflow(sizes[d] - 1, strides[d], &reach) &&
+           !__builtin_add_overflow(needed, reach, &needed);
+  }
+  fits = fits && !__builtin_mul_overflow(needed, element_bytes, &needed) && needed <= there;
+  check(fits && tensor.const_data_ptr() != nullptr, function, name, " to have memory for ", needed,
+        " bytes, got a storage of ", there, "; was it freed or resized?");
+}
+
 inline void check_dense(const char* function, const Tensor& tensor, const char* name) {
   int32_t layout = -1;
   check(aoti_torch_get_layout(tensor.get(), &layout) == AOTI_TORCH_SUCCESS &&
             layout == aoti_torch_layout_strided(),
         function, name, " to be a dense tensor");
+  check_memory(function, tensor, name);
 }
 
 // Sizes whose elements could not be counted in bytes, whatever the dtype, are refused.

@@ -57,7 +57,7 @@ Bounds::Bounds(const ConvBiasReluArgs& args, SumWeights sum_weights)
     const double black = normalized(args, args.channels[c], 0.0f);
     const double white = normalized(args, args.channels[c], 255.0f);
     ranges[c] = {std::min(black, white), std::max(black, white)};
-    if (padded) ranges[c] = {std::min(ranges[c].least, 0.0), std::max(ranges[c].greatest, 0.0)};
+    hold_zero = hold_zero && ranges[c].least <= 0.0 && ranges[c].greatest >= 0.0;
   }
 }
 
@@ -72,14 +72,36 @@ bool Bounds::are_kept() const {
 std::vector<bool> Bounds::dead_channels() const {
   std::vector<bool> dead;
   for (int64_t o = 0; o < args.output_sizes[1]; ++o) {
-    double most = args.bias != nullptr ? double{args.bias[o]} : 0.0;
-    for (int64_t c = 0; c < args.input_sizes[1]; ++c) {
-      const WeightSums& some = sums_of(o)[c];
-      most += some.positive * ranges[c].greatest + some.negative * ranges[c].least;
-    }
-    dead.push_back(most <= 0.0);
+    const double most = padded && !hold_zero ? most_with_padding(o) : most_of_pixels(o);
+    dead.push_back((args.bias != nullptr ? double{args.bias[o]} : 0.0) + most <= 0.0);
   }
   return dead;
+}
+
+double Bounds::most_of_pixels(int64_t output) const {
+  double most = 0.0;
+  for (int64_t c = 0; c < args.input_sizes[1]; ++c) {
+    const WeightSums& some = sums_of(output)[c];
+    most += some.positive * ranges[c].greatest + some.negative * ranges[c].least;
+  }
+  return most;
+}
+
+double Bounds::most_with_padding(int64_t output) const {
+  const int64_t* strides = args.weight_strides;
+  double most = 0.0;
+  for (int64_t ky = 0; ky < args.kernel[0]; ++ky) {
+    for (int64_t kx = 0; kx < args.kernel[1]; ++kx) {
+      const float* weight = args.weight + output * strides[0] + ky * strides[2] + kx * strides[3];
+      double tap = 0.0;
+      for (int64_t c = 0; c < args.input_sizes[1]; ++c) {
+        const double w = double{weight[c * strides[1]]};
+        tap += w * (w > 0.0 ? ranges[c].greatest : ranges[c].least);
+      }
+      most += std::max(tap, 0.0);
+    }
+  }
+  return most;
 }
 
 }  // namespace pixfuse

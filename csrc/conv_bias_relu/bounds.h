@@ -35,8 +35,14 @@ class Bounds {
     double least, greatest;
   };
 
+  // What the sum over the kernel can come to for an output channel, at most: where each range holds
+  // 0, or nothing is padded; and where a pixel may be 0 in all channels at once.
+  double most_of_pixels(int64_t output) const;
+  double most_with_padding(int64_t output) const;
+
   const ConvBiasReluArgs& args;
   const bool padded;
+  bool hold_zero = true;  // each of `ranges`
   std::vector<WeightSums> sums;
   Range ranges[kMaxDirectChannels];
 };

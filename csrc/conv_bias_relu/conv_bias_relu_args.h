@@ -76,6 +76,7 @@ inline void ConvBiasReluCall::check_all() {
   check(input.dim() == 4 && weight.dim() == 4, kConvBiasRelu,
         "input and weight to have 4 dimensions");
   view = view_as_nchw(kConvBiasRelu, input, InputLayout::nchw, "input");
+  check_dense(kConvBiasRelu, weight, "weight");
   const auto weights = weight.sizes();
   check(weights[0] >= 1 && weights[2] >= 1 && weights[3] >= 1, kConvBiasRelu,
         "weight without a size of 0");
@@ -89,6 +90,7 @@ inline void ConvBiasReluCall::check_all() {
   check(beside_input(weight) && (!bias.has_value() || beside_input(*bias)), kConvBiasRelu,
         "weight and bias on the device of input");
   if (bias.has_value()) {
+    check_dense(kConvBiasRelu, *bias, "bias");
     check(bias->dim() == 1 && bias->size(0) == weights[0], kConvBiasRelu, "bias of shape (",
           weights[0], ")");
   }

@@ -173,7 +173,8 @@ void Digits::put_biases(const ConvBiasReluArgs& args, int64_t output, const Digi
                         double offsets) {
   const double added = args.bias != nullptr ? double{args.bias[output]} : 0.0;
   float* to = bias.data() + output;
-  if (bias.size() == step.size()) {
+  const std::vector<Part> all_rows{{0, args.kernel[0]}}, all_columns{{0, args.kernel[1]}};
+  if (row_parts == all_rows && column_parts == all_columns) {
     *to = static_cast<float>(added + offsets);
     return;
   }

@@ -93,12 +93,14 @@ inline Vector multiply_add(Vector a, Vector b, Vector c) {
 #endif
 }
 
-// What is not above 0 becomes 0, but NaN stays NaN.
+// What is not above 0 becomes 0, and no minus zero, but NaN stays NaN.
 inline Vector relu(Vector x) {
+// Of a NaN, and of zeros, the maximum is the second operand. The sum of zeros is minus zero if both
+// are.
 #if defined(__AVX512F__)
-  return (Vector)_mm512_max_ps(_mm512_setzero_ps(), (__m512)x);  // of a NaN, the second operand
+  return (Vector)_mm512_max_ps(_mm512_setzero_ps(), (__m512)x) + Vector{};
 #elif defined(__AVX2__)
-  return (Vector)_mm256_max_ps(_mm256_setzero_ps(), (__m256)x);
+  return (Vector)_mm256_max_ps(_mm256_setzero_ps(), (__m256)x) + Vector{};
 #else
   return x <= 0.0f ? Vector{} : x;
 #endif

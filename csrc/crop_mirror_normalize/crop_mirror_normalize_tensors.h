@@ -32,7 +32,6 @@ inline std::vector<ImageSource> sources_of(const std::vector<Tensor>& images,
     check(count <= most - static_cast<int64_t>(sources.size()), kCropMirrorNormalize, "at most ",
           most, " images, as placements has rows");
     const auto* pixels = static_cast<const uint8_t*>(tensor.const_data_ptr());
-    check(pixels != nullptr || tensor.numel() == 0, kCropMirrorNormalize, "images to have memory");
     for (int64_t n = 0; n < count; ++n) {
       sources.push_back({rank == 4 ? pixels + n * strides[0] : pixels, sizes[d + 1], sizes[d + 2],
                          sizes[d], strides[d + 1], strides[d + 2], strides[d]});

@@ -79,6 +79,7 @@ bool TensorExchange::view(PyObject* tensor, TensorMemory& memory) const {
       !element_type_of(from.dtype, memory.dtype)) {
     return false;
   }
+  if (from.data == nullptr) return false;  // freed, or somebody's wrapper: for the operator
   memory.data = static_cast<char*>(from.data) + from.byte_offset;
   memory.rank = from.ndim;
   memory.sizes = from.shape;

@@ -98,6 +98,11 @@ def has_hooks(module: nn.Module, kinds: tuple[str, ...] = _HOOKS) -> bool:
     return any(getattr(module, kind) for kind in kinds)
 
 
+def forward_is_its_own(module: nn.Module) -> bool:
+    """Whether somebody put another function in the place of this module's ``forward``."""
+    return "forward" in vars(module)
+
+
 def copy_that_shares_tensors(model: nn.Module) -> nn.Module:
     """New modules with the same parameters, buffers, and other tensors that they hold."""
     tensors = [
@@ -180,7 +185,8 @@ def trace(root: nn.Module, tracer: Tracer, concrete_args: Mapping[str, Any] | No
     for node in graph.nodes:
         if node.op == "call_module" and len(node.args) == 1:
             module = modules[node.target]
-            if type(module) is nn.Identity and not has_hooks(module):
+            plain = not has_hooks(module) and not forward_is_its_own(module)
+            if type(module) is nn.Identity and plain:
                 node.replace_all_uses_with(node.args[0])
                 graph.erase_node(node)
     return graph
@@ -253,6 +259,10 @@ def _match(
         return f"is a {type(conv).__name__}, which does more than Conv2d"
     if has_hooks(conv):
         return "has hooks"
+    if forward_is_its_own(conv):
+        return "has a forward of its own"
+    if {"weight", "bias"} & vars(conv).keys():
+        return "has a weight or bias that is not a parameter"
     if conv.weight.dtype not in OUTPUT_DTYPE_CODES:
         return f"has weights of dtype {conv.weight.dtype}"
     calls = [_follow(node, modules) for node in nodes]
@@ -281,8 +291,10 @@ def _follow(conv: fx.Node, modules: dict[str, nn.Module]) -> Call | str:
     if not _is_relu(behind, modules):
         after = "" if batch_norm is None else f"{batch_norm.target} and "
         return f"followed by {after}{_describe(behind, modules)}, not by a ReLU"
-    if behind.op == "call_module" and has_hooks(modules[str(behind.target)]):
-        return f"followed by {behind.target}, which has hooks"
+    if behind.op == "call_module":
+        problem = _why_not_as_its_class(str(behind.target), modules)
+        if problem is not None:
+            return problem
     return Call(conv, batch_norm, behind)
 
 
@@ -303,8 +315,14 @@ def _why_not_folded(name: str, modules: dict[str, nn.Module]) -> str | None:
         return f"followed by {name}, a BatchNorm2d in training mode; call model.eval() before"
     if batch_norm.running_mean is None or batch_norm.running_var is None:
         return f"followed by {name}, a BatchNorm2d without running statistics"
-    if has_hooks(batch_norm):
+    return _why_not_as_its_class(name, modules)
+
+
+def _why_not_as_its_class(name: str, modules: dict[str, nn.Module]) -> str | None:
+    if has_hooks(modules[name]):
         return f"followed by {name}, which has hooks"
+    if forward_is_its_own(modules[name]):
+        return f"followed by {name}, which has a forward of its own"
     return None
 
 
@@ -326,7 +344,7 @@ def _describe(node: fx.Node, modules: dict[str, nn.Module]) -> str:
     return f"the step {getattr(node.target, '__name__', node.target)}"
 
 
-def stem_of(graph: fx.Graph, found: Mapping[str, list[Call] | str]) -> str:
+def stem_of(root: nn.Module, graph: fx.Graph, found: Mapping[str, list[Call] | str]) -> str:
     """The name of the convolution that takes the model's first input."""
     first = next((node for node in graph.nodes if node.op == "placeholder"), None)
     expected = "fuse: expected the model's first input to go to one Conv2d that is fused, with a "
@@ -340,6 +358,10 @@ def stem_of(graph: fx.Graph, found: Mapping[str, list[Call] | str]) -> str:
     match = found.get(name, "is not a Conv2d")
     if isinstance(match, str):
         raise ValueError(f"{expected}normalization, got {name}: {match}")
+    if cast(nn.Conv2d, root.get_submodule(name)).weight.dtype is torch.float64:
+        raise ValueError(
+            f"{expected}normalization, got {name} of float64; call model.float() before"
+        )
     if len(match) > 1:
         raise ValueError(f"{expected}normalization, got {name}: called {len(match)} times")
     return name

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
+from torch.autograd import forward_ad
 
 from pixfuse._checks import check_device, tensor_of_images
 from pixfuse._convolution_autograd import OUTPUT_DTYPE_CODES
@@ -104,7 +105,8 @@ def conv_bias_relu(
         flow to a float ``input``, ``weight`` and ``bias``, twice; none to the activity. With uint8
         input only the bytes are kept for the backward pass. ``torch.compile`` takes it whole;
         ``torch.func.vmap`` calls it once for each, ``torch.func.grad`` refuses it, as it does all
-        operators of torch's stable interface.
+        operators of torch's stable interface; forward-mode derivatives (``jvp``, ``jacfwd``) are
+        refused too.
 
     Raises:
         TypeError: a wrong type or dtype; uint8 without a normalization, or float with one.
@@ -285,6 +287,12 @@ def _check_tensors(input: torch.Tensor, weight: object, bias: object) -> None:
             raise ValueError(
                 f"conv_bias_relu: expected {name} on the device of input ({input.device}), got "
                 f"{tensor.device}"
+            )
+        # torch would leave it out of the result without a word.
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(
+                f"conv_bias_relu: expected no forward-mode derivative, got {name} with a tangent; "
+                "use torch.nn.functional.conv2d(...).relu() under jvp and jacfwd"
             )
     check_device("conv_bias_relu", "input", input)
 

@@ -139,6 +139,16 @@ class ConvBiasReLU2d(nn.Conv2d):
         self.last_activity = None
         self._activity_hooks: OrderedDict[int, ActivityHook] = OrderedDict()
 
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """Of the output."""
+        return cast(torch.memory_format, getattr(torch, self._memory_format))
+
+    @memory_format.setter
+    def memory_format(self, value: torch.memory_format) -> None:
+        # By its name: torch.save cannot pickle the value.
+        self._memory_format = str(value).removeprefix("torch.")
+
     @classmethod
     def from_conv2d(
         cls, conv: nn.Conv2d, *, memory_format: torch.memory_format = torch.preserve_format
@@ -453,7 +463,7 @@ def fuse(
     whose constants are folded into new parameters: ``weight * s`` and
     ``(bias - running_mean) * s + beta`` with ``s = gamma / sqrt(running_var + eps)``, in float64
     and rounded once. This is done only where nothing else uses what lies between them, and neither
-    has hooks or parametrizations.
+    has hooks, parametrizations, or another function in the place of its ``forward``.
 
     The model is not changed. The fused one shares its parameters and buffers, except those that
     were folded, but no module: what is left is copied, so each has a mode (train or eval) of its
@@ -503,7 +513,7 @@ def fuse(
     found = dict(find(root, graph, tracer))
     stem = None
     if normalization is not None:
-        stem = stem_of(graph, found)
+        stem = stem_of(root, graph, found)
     fused: list[Fused] = []
     left: list[Left] = []
     folded: set[str] = set()
