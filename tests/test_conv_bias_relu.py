@@ -279,6 +279,35 @@ def test_no_further_off_than_twice_torch(isa: str) -> None:
                 assert mine <= 2 * torchs
 
 
+@pytest.mark.parametrize("positive", [False, True])
+def test_no_further_off_than_torch_where_many_are_added_up(isa: str, positive: bool) -> None:
+    """In floats, of any weights and images, and with a bias as large as the result."""
+    cases = (
+        Case(4, 16, (16, 16), 1, size=(30, 30)),
+        Case(3, 64, (16, 16), 16, size=(112, 112)),
+        Case(3, 64, (11, 11), 4, 2, size=(112, 112)),
+        Case(3, 17, (7, 7), 3, (3, 1), (1, 3), size=(57, 43)),
+        Case(4, 31, (13, 13), 2, 3, size=(33, 56)),
+        Case(1, 20, (20, 20), 1, 7, size=(40, 40)),
+        Case(3, 32, (3, 3), 1, 1, size=(56, 56)),
+    )
+    for case, memory_format in itertools.product(cases, FORMATS):
+        input = torch.randn(2, case.channels, *case.size)
+        weight = torch.randn(case.outputs, case.channels, *case.kernel)
+        weight /= math.sqrt(weight[0].numel())
+        if positive:
+            weight = weight.abs()
+        bias = torch.randn(case.outputs)
+        call = (weight, bias, *case.options())
+        exact = relu(conv2d(input.double(), weight.double(), bias.double(), *case.options()))
+        ours, _ = pixfuse.conv_bias_relu(input, *call, memory_format=memory_format)
+        theirs = relu(conv2d(input, *call))
+        mine, torchs_own = ((result - exact).abs() for result in (ours, theirs))
+        few = weight[0].numel() < 100
+        assert mine.max() <= (2 if few else 1) * torchs_own.max()
+        assert mine.pow(2).mean() <= (1.5**2 if few else 1) * torchs_own.pow(2).mean()
+
+
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_bytes_are_normalized_exactly_as_normalize_does(isa: str, rounding: Any) -> None:
     """The same bits as from normalized floats: in the middle, and at the borders."""

@@ -152,6 +152,15 @@ bool pack_weight(const ConvBiasReluJob& job, float* packed) {
   return finite;
 }
 
+// Rows of the kernel whose sums are added up apart: of about so many terms. Where that is all of
+// it, 0. With many channels, torch adds up no less at a time.
+int64_t rows_apart(const ConvBiasReluArgs& args) {
+  constexpr int64_t kTerms = 96;
+  const int64_t channels = args.input_sizes[1], rows = args.kernel[0];
+  const int64_t apart = std::max(int64_t{1}, kTerms / (args.kernel[1] * channels));
+  return channels > kMaxDirectChannels || apart >= rows ? 0 : apart;
+}
+
 // As many rows as the stage holds, of those that are counted together: whole lines of the caches
 // then come from rows that are not.
 int64_t rows_staged(int64_t width) {
@@ -227,6 +236,7 @@ int32_t conv_bias_relu_cpu(const ConvBiasReluArgs& args, ParallelFor parallel_fo
   if (digits.has_value()) digits->choose_rows(args, job.blocks.count > 1);
   job.planes = direct && args.output_strides[1] != 1 && args.output_type == ElementType::float32;
   job.runs_apart = job.planes && channels > kMaxDirectChannels;
+  job.rows_apart = rows_apart(args);
   job.rows_staged = job.planes ? rows_staged(width) : 1;
   // A line of the caches that is stored past them in part takes longer than through them. So all
   // lines are whole, and those of planes whole vectors of the pixels that are turned at once.

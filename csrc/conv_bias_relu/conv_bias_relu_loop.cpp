@@ -55,6 +55,9 @@ struct Tile {
   const float* const* lines;  // [kernel rows]
   int64_t line_start;         // floats; padding that is left out is before the line
   int64_t kernel_rows;
+  // Of the kernel that are summed up apart from the others; 0: all together. And those of the first
+  // such group, if the rows before are padding that is left out.
+  int64_t rows_apart, rows_left;
   TapRuns runs;
   int64_t pixel_step;  // floats from one output pixel's taps to the next one's
   // Taps of a kernel row that are padding, and left out: the tile's first pixel begins with so many
@@ -76,6 +79,12 @@ struct Tile {
 // planes of many channels adds up no more at a time.
 enum class Place { stage, pixels, planes, planes_of_runs };
 
+// What the compiler must not keep in registers, which others need more.
+inline float* in_memory(float* memory) {
+  asm volatile("" : "+r"(memory) : : "memory");
+  return memory;
+}
+
 // `out` has a distance of `step` floats between pixels.
 template <Place place, int vectors, int pixels>
 void run_tile(const Tile& tile, float* out, int64_t step) {
@@ -91,17 +100,26 @@ void run_tile(const Tile& tile, float* out, int64_t step) {
   }
   Vector sums[vectors * pixels];
   constexpr bool runs_apart = place == Place::planes_of_runs;
-  const auto bias = [&](int v)
-                        __attribute__((always_inline)) { return load(tile.bias + v * kLanes); };
-  unrolled<vectors>([&](auto v) __attribute__((always_inline)) {
-    const Vector start = runs_apart ? Vector{} : bias(v.value);
-    unrolled<pixels>(
-        [&](auto q) __attribute__((always_inline)) { sums[q.value * vectors + v.value] = start; });
-  });
+  unrolled<vectors * pixels>([&](auto i)
+                                 __attribute__((always_inline)) { sums[i.value] = Vector{}; });
   constexpr int64_t kTapFloats = vectors * kLanes;
   const float* weight = tile.weight;
   const int64_t pixel_step = tile.pixel_step;
   const TapRuns runs = tile.runs;
+  // Terms that are added up one after the other lose the more bits the more there are.
+  float apart[runs_apart ? 1 : vectors * pixels * kLanes];
+  float* const before = runs_apart ? out : in_memory(apart);
+  bool is_first = true;
+  const auto add_up = [&]() __attribute__((always_inline)) {
+    unrolled<vectors * pixels>([&](auto i) __attribute__((always_inline)) {
+      Vector& sum = sums[i.value];
+      if (!is_first) sum += load(before + i.value * kLanes);
+      store(before + i.value * kLanes, sum);
+      sum = Vector{};
+    });
+    is_first = false;
+  };
+  int64_t rows_left = tile.rows_left;
   for (int64_t row = 0; row < tile.kernel_rows; ++row) {
     tile.input->ask<0>();
     if constexpr (runs_apart) tile.output->ask<1>();
@@ -141,19 +159,22 @@ void run_tile(const Tile& tile, float* out, int64_t step) {
       sum_up(all_from, all_to, runs.taps - first_padding - last_padding);
       sum_up(all_from, Constant<pixels - 1>{}, last_padding);
       if constexpr (runs_apart) {
-        const bool is_first = row == 0 && r == 0;
-        const bool is_last = row + 1 == tile.kernel_rows && r + 1 == runs.count;
-        unrolled<vectors * pixels>([&](auto i) __attribute__((always_inline)) {
-          Vector& sum = sums[i.value];
-          float* const before = out + i.value * kLanes;
-          sum += is_first ? bias(i.value % vectors) : load(before);
-          if (is_last) return;
-          store(before, sum);
-          sum = Vector{};
-        });
+        if (row + 1 < tile.kernel_rows || r + 1 < runs.count) add_up();
+      }
+    }
+    if constexpr (!runs_apart) {
+      if (--rows_left == 0 && row + 1 < tile.kernel_rows) {
+        add_up();
+        rows_left = tile.rows_apart;
       }
     }
   }
+  // The bias last: all terms that came after it would be rounded to its last bit.
+  unrolled<vectors * pixels>([&](auto i) __attribute__((always_inline)) {
+    Vector& sum = sums[i.value];
+    if (!is_first) sum += load(before + i.value * kLanes);
+    sum += load(tile.bias + i.value % vectors * kLanes);
+  });
   if constexpr (place == Place::stage) {
     unrolled<vectors * pixels>([&](auto i) __attribute__((always_inline)) {
       store(out + i.value * kLanes, sums[i.value]);
@@ -349,6 +370,8 @@ void run_items(const ConvBiasReluJob& job, int64_t first, int64_t last, const Sc
       const Tile tile{lines + first_row,
                       -job.first_padding,
                       end_row - first_row,
+                      job.rows_apart,
+                      job.rows_apart > 0 ? job.rows_apart - first_row % job.rows_apart : 0,
                       job.tap_runs,
                       pixel_step,
                       job.first_padding,

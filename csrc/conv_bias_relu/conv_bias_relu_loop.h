@@ -51,6 +51,7 @@ struct ConvBiasReluJob {
   bool reads_input;              // nor are there lines: rows of the input are read in its place
   bool planes;                   // of floats, and directly
   bool runs_apart;               // runs of taps are summed up apart, for planes of many channels
+  int64_t rows_apart;            // of the kernel, likewise, for a few channels; 0: none
   int64_t rows_staged;           // rows of the output that are turned together for planes, else 1
   int64_t first_padding;         // taps of a kernel row that are left out at a row's first pixel
   int64_t last_padding;          // and at its last one
