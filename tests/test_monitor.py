@@ -849,6 +849,40 @@ def test_a_state_of_another_monitor(options: dict[str, Any], message: str) -> No
     assert monitor.steps == 0
 
 
+def test_damaged_states() -> None:
+    """Nothing of them is taken."""
+    model = small_network()
+    with DeadUnitMonitor(model) as monitor:
+        model(torch.randn(2, 3, 8, 8))
+        model(torch.randn(2, 3, 8, 8))
+    name = next(iter(monitor.state_dict()["layers"]))
+    before = str(monitor.report())
+
+    def record(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+        found: dict[str, torch.Tensor] = state["layers"][name][0]
+        return found
+
+    def one_row(state: dict[str, Any]) -> None:
+        record(state)["ring"] = record(state)["ring"][:1]
+
+    damages: dict[str, Callable[[dict[str, Any]], object]] = {
+        r"a state without 'layers'": lambda state: state.pop("layers"),
+        r"a state without 'warned'": lambda state: state.pop("warned"),
+        rf"expected records with open, .*, got one of {name} without 'total'": (
+            lambda state: record(state).pop("total")
+        ),
+        rf"expected 'ring' of {name} of shape \([0-9]+, .*\), got \(1, ": one_row,
+    }
+    for message, damage in damages.items():
+        state = monitor.state_dict()
+        damage(state)
+        with pytest.raises(ValueError, match=f"^DeadUnitMonitor.load_state_dict: .*{message}"):
+            monitor.load_state_dict(state)
+        assert str(monitor.report()) == before
+    with pytest.raises(TypeError, match=r"expected what state_dict\(\) gives, got NoneType"):
+        monitor.load_state_dict(cast(Any, None))
+
+
 def test_the_hooks_are_gone_at_the_end() -> None:
     network = small_network()
     monitor = DeadUnitMonitor(network, pre_activation=True)

@@ -621,14 +621,27 @@ class DeadUnitMonitor:
             Nothing.
 
         Raises:
-            ValueError: it is of another version, or of another monitor; nothing is changed then.
+            TypeError: it is no mapping.
+            ValueError: it is of another version, of another monitor, or damaged; nothing is changed
+                then.
         """
         own = self.state_dict()
+        if not isinstance(state, Mapping):
+            raise TypeError(
+                "DeadUnitMonitor.load_state_dict: expected what state_dict() gives, got "
+                f"{type(state).__name__}"
+            )
+        missing = [name for name in own if name not in state]
+        if missing:
+            raise ValueError(
+                "DeadUnitMonitor.load_state_dict: expected what state_dict() gives, got a state "
+                f"without {missing[0]!r}"
+            )
         for name in ("version", "blocks", "block_steps", "pre_activation"):
-            if state.get(name) != own[name]:
+            if state[name] != own[name]:
                 raise ValueError(
                     f"DeadUnitMonitor.load_state_dict: expected {name} {own[name]}, got "
-                    f"{state.get(name)}"
+                    f"{state[name]}"
                 )
         names = [watched.name for watched in self._watched]
         if sorted(state["layers"]) != sorted(names):
@@ -640,10 +653,23 @@ class DeadUnitMonitor:
         for watched in self._watched:
             records = []
             for saved in state["layers"][watched.name]:
+                missing = [name for name in TENSORS if name not in saved]
+                if missing:
+                    raise ValueError(
+                        "DeadUnitMonitor.load_state_dict: expected records with "
+                        f"{', '.join(TENSORS)}, got one of {watched.name} without {missing[0]!r}"
+                    )
                 rows, columns = saved["open"].shape
                 record = Record(rows, columns - 1, self._blocks, saved["open"].device)
                 for name in TENSORS:
-                    getattr(record, name).copy_(saved[name])
+                    own_tensor = getattr(record, name)
+                    if saved[name].shape != own_tensor.shape:
+                        raise ValueError(
+                            f"DeadUnitMonitor.load_state_dict: expected {name!r} of "
+                            f"{watched.name} of shape {tuple(own_tensor.shape)}, got "
+                            f"{tuple(saved[name].shape)}"
+                        )
+                    own_tensor.copy_(saved[name])
                 records.append(record)
             loaded.append(records)
         for watched, records in zip(self._watched, loaded, strict=True):
