@@ -756,6 +756,31 @@ def test_resume_refuses_another_run(photos: Path, tmp_path: Path) -> None:
     result = run("stats", photos, "--output", output, "--resume")
     assert result.exit_code == 2
     assert "to be from an earlier run of pixfuse stats" in result.stderr
+    assert "got: no record of a run; choose another --output" in result.stderr
+
+
+@pytest.mark.parametrize("record", [5, [], {"reading": 5}, {"reading": None}])
+def test_resume_refuses_a_file_without_a_run(record: object, photos: Path, tmp_path: Path) -> None:
+    output = tmp_path / "stats.json"
+    stats(photos, "--output", output)
+    content = json.loads(output.read_text())
+    content["run"] = record
+    output.write_text(json.dumps(content))
+    result = run("stats", photos, "--output", output, "--resume")
+    assert result.exit_code == 2
+    assert "to be from an earlier run of pixfuse stats, got: no record of a run" in result.stderr
+
+
+def test_resume_refuses_another_layout(tmp_path: Path) -> None:
+    """The images that are left would be read otherwise than those that were counted."""
+    output = tmp_path / "stats.json"
+    np.save(tmp_path / "a.npy", np.zeros((2, 3, 5, 4), np.uint8))
+    stats(tmp_path / "a.npy", "--layout", "NCHW", "--output", output)
+    command = ("stats", tmp_path / "a.npy", "--output", output, "--resume", "--mode", "RGB")
+    result = run(*command, "--layout", "NHWC")
+    assert result.exit_code == 2
+    assert "the same --layout, got 'NCHW' there and 'NHWC' now" in result.stderr
+    assert run(*command, "--layout", "NCHW").exit_code == 0
 
 
 def test_a_dataset_that_grew(tmp_path: Path) -> None:

@@ -298,8 +298,11 @@ def _load_run(path: Path, reading: Reading, split: str, folds: int) -> ChannelSt
     try:
         content = json.loads(path.read_text())
         statistics = ChannelStatistics._from_dict(content, what)
-        before = content["run"]["reading"]
-    except (KeyError, TypeError, ValueError) as error:
+        run = content.get("run")
+        before = run.get("reading") if isinstance(run, dict) else None
+        if not isinstance(before, dict):
+            raise ValueError("no record of a run")  # as ChannelStatistics.save leaves none
+    except (OSError, RecursionError, ValueError) as error:
         raise UsageProblemError(
             f"{what} to be from an earlier run of pixfuse stats, got: {error}; choose another "
             "--output, or leave out --resume to replace it"

@@ -80,6 +80,7 @@ class Reading:
     mode: str = "RGB"
     resize: int | None = None
     crop: int | None = None
+    layout: str | None = None  # of arrays, where it was said
 
     @property
     def channels(self) -> int:

@@ -245,7 +245,7 @@ def stats(
             with _progress(quiet=as_json or ranks.rank > 0) as progress:
                 outcome = count_all(
                     found,
-                    Reading(mode, resize, crop),
+                    Reading(mode, resize, crop, layout),
                     split=split,
                     folds=folds or 1,
                     workers=workers,
