@@ -5,9 +5,11 @@ import inspect
 import itertools
 import json
 import math
+import os
 import random
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from decimal import Decimal, localcontext
@@ -329,6 +331,23 @@ def test_a_difference_with_more_keys_than_images_is_refused() -> None:
         alike - twice
 
 
+def test_a_difference_that_no_images_have_is_refused() -> None:
+    """Without keys the numbers alone say what is no part of the other."""
+    flat, half = (torch.zeros(1, 2, 2, dtype=torch.uint8) for _ in range(2))
+    wide = torch.zeros(1, 4, 2, dtype=torch.uint8)
+    half[0, 0] = 255
+    for whole, part, message in (
+        ([flat, flat + 255], [half], r"image_std_sums\[0\] is -(\d+), not \1 for"),
+        ([torch.zeros(1, 4, 4, dtype=torch.uint8)], [flat], "images is 0, not 1 to 12 for 12"),
+        ([flat, flat], [wide], "images is 1, not 0 to 0 for 0 pixels"),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"expected - of a part .* whose parts\[0\].{message}"
+        ):
+            without_keys(whole) - without_keys(part)
+    assert without_keys([flat, half, wide]) - without_keys([half]) == without_keys([flat, wide])
+
+
 def test_overlap_is_warned_of() -> None:
     images = dataset(4)
     a, b = statistics_of(images[:3], "train"), statistics_of(images[2:], "test")
@@ -352,11 +371,38 @@ def test_folds() -> None:
             assert training.split == f"train-fold{fold}of{k}"
 
 
+def test_many_folds_take_time_by_their_number() -> None:
+    """By the square of it, ten times as many would take a hundred times as long."""
+    many = ChannelStatistics(folds=20_000)
+    many.update(random_bytes(6, 1, 3, 4), keys=names(6))
+    start = time.perf_counter()
+    training = many.folds(20_000)
+    assert time.perf_counter() - start < PATIENCE_SECONDS / 10
+    assert sum(6 - one.images for one in training) == 6
+
+
+def test_keys_of_files_whose_names_are_not_utf8() -> None:
+    key = os.fsdecode(b"folder/\xff.jpg")
+    statistics = ChannelStatistics(folds=2)
+    statistics.update(random_bytes(2, 3, 4, 5), keys=[key, "plain"])
+    kept = [part for part in statistics._parts if part is not None]
+    assert _id_of(key) in kept[pixfuse.fold_of(key, 2)].ids
+
+
+def test_numbers_of_numpy_and_torch() -> None:
+    statistics = counted(4)
+    numbers: list[Any] = [np.float32(50), np.int64(50), np.float16(50), torch.tensor(50.0)]
+    for fifty in (*numbers, Decimal(50), Fraction(50)):
+        assert statistics.percentile(fifty) == statistics.percentile(50)
+    assert len(statistics.folds(np.int64(2))) == 2  # type: ignore[arg-type]
+    assert pixfuse.fold_of("a", np.int64(5)) == pixfuse.fold_of("a", 5)  # type: ignore[arg-type]
+
+
 def test_fold_of() -> None:
     text = inspect.getdoc(pixfuse.fold_of)
     assert text is not None
-    line = text.split("Equivalent to::\n")[1].split("\n\nSource")[0].strip()
-    for key in names(20):
+    line = " ".join(text.split("Equivalent to::\n")[1].split("\n\nSource")[0].split())
+    for key in (*names(20), "\udcff.jpg"):
         for folds in (1, 2, 7):
             import hashlib
 
@@ -400,15 +446,22 @@ def _change(content: dict[str, Any], path: str, value: Any) -> None:
         ("schema", "other", "to have schema 'pixfuse.ChannelStatistics', got 'other'"),
         ("version", 2, "to have version 1, got 2; it was written by another version"),
         ("fingerprint", "0" * 64, "to have the fingerprint"),
-        ("split", None, "to be complete and consistent, got: TypeError"),
-        ("parts", [], "to be complete and consistent, got: ValueError"),
-        ("parts.0.pixels", 3, "to be complete and consistent.*do not add up to 3 pixels"),
-        ("parts.0.images", 1, "to be complete and consistent.*keys for 1 images"),
-        ("parts.0.counts.0.7", -1, "to be complete and consistent.*or below 0"),
-        ("parts.0.counts", [[1]], "to be complete and consistent.*counts of shape"),
-        ("parts.0.image_std_sums", ["1"], "to be complete and consistent.*1 stds for 3 channels"),
-        ("parts.0.ids", "?", "to be complete and consistent"),
-        ("parts.0", {}, "to be complete and consistent, got: KeyError"),
+        ("split", None, "to have a string as split, got None"),
+        ("parts", [], r"to have parts of at least 1 fold, got \[\]"),
+        ("parts", {}, r"to have a list as parts, got {}"),
+        ("parts.0.pixels", 3, r"to have \d+, the sum of counts\[0\] as parts\[0\].pixels, got 3"),
+        ("parts.0.images", 1, r"to have the keys of 1 images as parts\[0\].ids, got 4 keys"),
+        ("parts.0.counts.0.7", -1, r"to have a whole number from 0 .*counts\[0\]\[7\], got -1"),
+        ("parts.0.counts", [[1]], r"to have 256 numbers for each channel as .*, got \[\[1\]\]"),
+        (
+            "parts.0.image_std_sums",
+            ["1"],
+            r"to have one number for each of 3 channels as .*sums, got 1",
+        ),
+        ("parts.0.ids", "?", r"to have base64 as parts\[0\].ids, got: "),
+        ("parts.0.ids", "AAAA", "to have different keys of 8 bytes each .*, got 1 of 3 bytes"),
+        ("parts.0", {}, r"to have a list as parts\[0\].counts, got none"),
+        ("parts.0", 5, r"to have an object or null as parts\[0\], got 5"),
     ],
 )
 def test_damaged_files(tmp_path: Path, path: str, value: Any, message: str) -> None:
@@ -425,10 +478,84 @@ def test_damaged_files(tmp_path: Path, path: str, value: Any, message: str) -> N
         ChannelStatistics.load(file)
 
 
-def test_a_file_that_is_not_json(tmp_path: Path) -> None:
-    (tmp_path / "stats.json").write_text("{")
-    with pytest.raises(ValueError, match=r"stats.json' to be JSON, got: "):
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        *(
+            ("images", value, r"a whole number from 0 to \d+ as parts\[0\].images, got ")
+            for value in (math.nan, math.inf, 6.5, True, None, -1, 2**70)
+        ),
+        ("images", 10**9, r"1 to (\d+) for \1 pixels as parts\[0\].images, got 1000000000"),
+        ("images", 0, r"1 to (\d+) for \1 pixels as parts\[0\].images, got 0"),
+        ("pixels", 4050.0, r"a whole number .* as parts\[0\].pixels, got 4050.0"),
+        ("counts.0.0", 0.5, r"a whole number .* as parts\[0\].counts\[0\]\[0\], got 0.5"),
+        ("counts.0.0", 2**70, r"a whole number .* as parts\[0\].counts\[0\]\[0\], got \d+"),
+        (
+            "image_std_sums.0",
+            "-1e30",
+            r"a string of .*digits as .*image_std_sums\[0\], got '-1e30'",
+        ),
+        ("image_std_sums.0", "-1", r"a string of .*digits as .*image_std_sums\[0\], got '-1'"),
+        ("image_std_sums.0", 1, r"a string of .*digits as .*image_std_sums\[0\], got 1"),
+        ("image_std_sums.1", "9" * 40, r"0 to \d+ for these counts as .*sums\[1\], got 9{40}"),
+        ("image_std_sums", "123", r"a list as parts\[0\].image_std_sums, got '123'"),
+        ("ids", 5, r"a string as parts\[0\].ids, got 5"),
+    ],
+)
+def test_numbers_that_contradict(tmp_path: Path, path: str, value: Any, message: str) -> None:
+    """Each by itself or beside the others: nothing of the kind was ever counted."""
+    statistics = without_keys(dataset(4))
+    content = statistics._to_dict()
+    _change(content, f"parts.0.{path}", value)
+    (tmp_path / "stats.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"load: expected .*stats.json' to have {message}"):
         ChannelStatistics.load(tmp_path / "stats.json")
+
+
+def test_counts_that_overflow(tmp_path: Path) -> None:
+    content = without_keys([torch.zeros(1, 1, 1, dtype=torch.uint8)])._to_dict()
+    [part] = content["parts"]
+    part |= {"images": 0, "pixels": 0, "counts": [[2**62] * 4 + [0] * 252]}
+    (tmp_path / "stats.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"to have {2**64}, the sum of counts\[0\] as .*, got 0"):
+        ChannelStatistics.load(tmp_path / "stats.json")
+    part |= {"images": 1, "pixels": 2**62, "counts": [[2**62] + [0] * 255]}
+    (tmp_path / "stats.json").write_text(json.dumps(content))
+    half = ChannelStatistics.load(tmp_path / "stats.json")
+    with pytest.raises(
+        ValueError, match=rf"\+ of at most {2**63 - 1} pixels together, got {2**63}"
+    ):
+        half + half
+
+
+def test_one_image_has_the_std_of_its_pixels(tmp_path: Path) -> None:
+    content = without_keys([random_bytes(3, 4, 5)])._to_dict()
+    sums = content["parts"][0]["image_std_sums"]
+    sums[2] = str(int(sums[2]) - 1)
+    (tmp_path / "stats.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"to have \d+ for these counts as .*sums\[2\]"):
+        ChannelStatistics.load(tmp_path / "stats.json")
+
+
+def test_a_part_that_is_there_twice(tmp_path: Path) -> None:
+    statistics = ChannelStatistics(folds=2)
+    statistics.update(random_bytes(4, 3, 5, 6), keys=names(4))
+    content = statistics._to_dict()
+    for parts in ([content["parts"][0]] * 2, content["parts"][::-1]):
+        (tmp_path / "stats.json").write_text(json.dumps({**content, "parts": parts}))
+        with pytest.raises(ValueError, match=r"the keys of the images of fold \d of 2 as parts"):
+            ChannelStatistics.load(tmp_path / "stats.json")
+    [plain] = without_keys(dataset(3))._to_dict()["parts"]
+    (tmp_path / "stats.json").write_text(json.dumps({**content, "parts": [plain, plain]}))
+    with pytest.raises(ValueError, match=r"images of fold 0 of 2 as parts\[0\].ids, got 0 keys"):
+        ChannelStatistics.load(tmp_path / "stats.json")
+
+
+def test_a_file_that_is_not_json(tmp_path: Path) -> None:
+    for text in ("{", "[" * 100_000):
+        (tmp_path / "stats.json").write_text(text)
+        with pytest.raises(ValueError, match=r"stats.json' to be JSON, got: "):
+            ChannelStatistics.load(tmp_path / "stats.json")
     (tmp_path / "stats.json").write_text("[]")
     with pytest.raises(ValueError, match=r"to have schema .*, got None"):
         ChannelStatistics.load(tmp_path / "stats.json")
@@ -549,6 +676,83 @@ BAD_CALLS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         r".update: expected keys, as folds are kept apart by them, got none",
     ),
+    "keys of other types": (
+        lambda: EMPTY.update(random_bytes(2, 3, 4, 5), keys=["a", Path("b")]),  # type: ignore[list-item]
+        TypeError,
+        r".update: expected keys\[1\] to be a string, got PosixPath; pass str",
+    ),
+    "keys of numbers": (
+        lambda: EMPTY.update(random_bytes(1, 3, 4, 5), keys=[7]),  # type: ignore[list-item]
+        TypeError,
+        r".update: expected keys\[0\] to be a string, got int",
+    ),
+    "keys that end": (
+        lambda: EMPTY.update(random_bytes(1, 3, 4, 5), keys=(key for key in "a")),  # type: ignore[arg-type]
+        TypeError,
+        r".update: expected keys to be a list of strings, got generator; pass a list",
+    ),
+    "keys without an order": (
+        lambda: EMPTY.update(random_bytes(2, 3, 4, 5), keys={"a", "b"}),  # type: ignore[arg-type]
+        TypeError,
+        r".update: expected keys to be a list of strings, got set; pass a list",
+    ),
+    "half a character": (
+        lambda: EMPTY.update(random_bytes(1, 3, 4, 5), keys=["\ud800"]),
+        ValueError,
+        r".update: expected keys\[0\] to be text or the name of a file, got '\\ud800'",
+    ),
+    "no height": (
+        lambda: EMPTY.update(torch.zeros(2, 3, 0, 5, dtype=torch.uint8)),
+        ValueError,
+        r".update: expected images to have pixels, got 0 x 5 of 3 channels",
+    ),
+    "no channels": (
+        lambda: EMPTY.update(torch.zeros(2, 0, 4, 5, dtype=torch.uint8)),
+        ValueError,
+        r".update: expected images to have pixels, got 4 x 5 of 0 channels",
+    ),
+    "no width": (
+        lambda: EMPTY.update(np.zeros((2, 4, 0, 3), np.uint8), "NHWC"),
+        ValueError,
+        r".update: expected images to have pixels, got 4 x 0 of 3 channels",
+    ),
+    "floats": (lambda: EMPTY.update(torch.zeros(2, 3, 4, 5)), TypeError, r".update: expected imag"),
+    "floats in a list": (
+        lambda: EMPTY.update([torch.zeros(3, 4, 5)]),
+        TypeError,
+        r".update: expected images",
+    ),
+    "no images": (lambda: EMPTY.update([]), ValueError, r".update: expected images to have at"),
+    "a layout": (
+        lambda: EMPTY.update(random_bytes(2, 3, 4, 5), "NCWH"),  # type: ignore[arg-type]
+        ValueError,
+        r".update: expected input_layout",
+    ),
+    "folds of half": (
+        lambda: ChannelStatistics(folds=2.5),  # type: ignore[arg-type]
+        TypeError,
+        r": expected folds to be a whole number, got 2.5",
+    ),
+    "k of a float": (
+        lambda: counted(4).folds(2.0),  # type: ignore[arg-type]
+        TypeError,
+        r".folds: expected k to be a whole number, got 2.0",
+    ),
+    "percentile of text": (
+        lambda: counted().percentile("50"),  # type: ignore[arg-type]
+        TypeError,
+        r".percentile: expected q to be a number, got '50'",
+    ),
+    "percentile of several": (
+        lambda: counted().percentile(torch.tensor([1.0, 2.0])),  # type: ignore[arg-type]
+        TypeError,
+        r".percentile: expected q to be a number, got tensor",
+    ),
+    "percentile of nan": (
+        lambda: counted().percentile(math.nan),
+        ValueError,
+        r".percentile: expected q to be from 0 to 100, got nan",
+    ),
     "nothing": (lambda: EMPTY.mean, ValueError, r".mean: expected at least 1 image .*update\(\)"),
     "percentile": (
         lambda: counted().percentile(101),
@@ -596,6 +800,12 @@ def test_all_reduce_without_processes() -> None:
 def test_fold_of_errors() -> None:
     with pytest.raises(ValueError, match=r"^fold_of: expected folds to be 1 or more, got 0"):
         pixfuse.fold_of("a", 0)
+    with pytest.raises(TypeError, match=r"^fold_of: expected folds to be a whole number, got 2.5"):
+        pixfuse.fold_of("a", 2.5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^fold_of: expected key to be a string, got bytes; pass"):
+        pixfuse.fold_of(b"a", 2)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^fold_of: expected key to be text or the name of a "):
+        pixfuse.fold_of("\ud800", 2)
 
 
 def test_other_operands() -> None:

@@ -6,16 +6,21 @@ import base64
 import hashlib
 import json
 import math
+import operator
+import re
+import reprlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 
+from pixfuse._checks import check_images
+from pixfuse._image_input import _check_not_empty
 from pixfuse.normalization import Normalization, Rounding
 from pixfuse.pixels import Images, channel_histogram, count_each, image_moments
 
@@ -24,6 +29,8 @@ _VERSION = 1
 #: Bits behind the point of the std of one image, so that stds add up exactly, in any order.
 _STD_BITS = 64
 _BYTES = np.arange(256)
+#: Counts are int64, and so are their sums.
+_MOST = 2**63 - 1
 
 
 def fold_of(key: str, folds: int) -> int:
@@ -32,29 +39,60 @@ def fold_of(key: str, folds: int) -> int:
     Formula: the first 8 bytes of the SHA-256 of ``key``, as a number, modulo ``folds``.
 
     Args:
-        key: the image's name, e.g. its path within the dataset.
+        key: the image's name, e.g. its path within the dataset; of a file whose name is not UTF-8
+            as Python spells it, with surrogate escapes.
         folds: how many folds there are, 1 or more.
 
     Returns:
         The number of the fold, from 0 to ``folds - 1``.
 
     Raises:
-        ValueError: ``folds`` is below 1.
+        TypeError: ``key`` is not a string, or ``folds`` not a whole number.
+        ValueError: ``folds`` is below 1, or ``key`` is no text.
 
     Equivalent to::
 
-        int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % folds
+        int.from_bytes(
+            hashlib.sha256(key.encode(errors="surrogateescape")).digest()[:8], "big"
+        ) % folds
 
     Source:
         Assignment by hash, as for reproducible splits of growing datasets.
     """
+    folds = _whole("fold_of", "folds", folds)
     if folds < 1:
         raise ValueError(f"fold_of: expected folds to be 1 or more, got {folds}")
-    return _id_of(key) % folds
+    return _checked_id("fold_of", "key", key) % folds
 
 
 def _id_of(key: str) -> int:
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
+    # Names of files need not be UTF-8: their bytes as they are.
+    name = key.encode(errors="surrogateescape")
+    return int.from_bytes(hashlib.sha256(name).digest()[:8], "big")
+
+
+def _checked_id(function: str, name: str, key: object) -> int:
+    """The id of what a caller gave as a key."""
+    if not isinstance(key, str):
+        raise TypeError(
+            f"{function}: expected {name} to be a string, got {type(key).__name__}; pass str() or "
+            "os.fsdecode() of it"
+        )
+    try:
+        return _id_of(key)
+    except UnicodeEncodeError:  # half of a character
+        raise ValueError(
+            f"{function}: expected {name} to be text or the name of a file, got {key!r}"
+        ) from None
+
+
+def _whole(function: str, name: str, value: object) -> int:
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(
+            f"{function}: expected {name} to be a whole number, got {value!r}"
+        ) from None
 
 
 @dataclass
@@ -110,7 +148,7 @@ class ChannelStatistics:
         folds: in how many parts to keep the counts, for :meth:`folds`. Above 1, images need keys.
 
     Raises:
-        TypeError: ``split`` is not a string.
+        TypeError: ``split`` is not a string, or ``folds`` not a whole number.
         ValueError: ``folds`` is below 1.
 
     Source:
@@ -123,6 +161,7 @@ class ChannelStatistics:
             raise TypeError(
                 f"ChannelStatistics: expected split to be a string, got {type(split).__name__}"
             )
+        folds = _whole("ChannelStatistics", "folds", folds)
         if folds < 1:
             raise ValueError(f"ChannelStatistics: expected folds to be 1 or more, got {folds}")
         self.split = split
@@ -144,21 +183,31 @@ class ChannelStatistics:
             images: a batch, an image or a list of images of any sizes, as in
                 :func:`pixfuse.channel_histogram`.
             input_layout: the order of the dimensions of a batch or image.
-            keys: a name for each image, e.g. its path within the dataset; what the fingerprint is
-                made of, and what tells that two splits overlap. For all images or for none.
+            keys: a list of a name for each image, e.g. its path within the dataset; what the
+                fingerprint is made of, and what tells that two splits overlap. For all images or
+                for none.
 
         Returns:
             Nothing.
 
         Raises:
             TypeError: a wrong type or dtype.
-            ValueError: a wrong shape, another channel count than before, not one key per image, a
-                key that was counted before, or keys in some updates only.
+            ValueError: a wrong shape, no pixels, another channel count than before, not one key
+                per image, a key that was counted before, or keys in some updates only.
+            NotImplementedError: a device or tensor layout that has no kernel.
         """
-        each = count_each("image_moments", images, input_layout)
+        name = "ChannelStatistics.update"
+        each = count_each(name, images, input_layout)
         if each is not None:
             self._update_counts(each, keys)
             return
+        if not isinstance(images, (list, tuple)):
+            images, _ = check_images(name, images, input_layout)
+            shape = images.shape[-3:]
+            # Channels first, as the shapes of all messages.
+            _check_not_empty(
+                name, "images", shape if input_layout == "NCHW" else shape[-1:] + shape[:2]
+            )
         sums, squares = (moments.cpu().numpy() for moments in image_moments(images, input_layout))
         pixels = [_pixels_of(images, input_layout, n) for n in range(len(sums))]
 
@@ -232,12 +281,20 @@ class ChannelStatistics:
                     "none"
                 )
             return []
-        if isinstance(keys, str) or len(keys) != count:
-            got = repr(keys) if isinstance(keys, str) else f"{len(keys)} keys"
+        # Not of an iterator, which ends, nor of a set, whose order says nothing.
+        if not (hasattr(keys, "__len__") and hasattr(keys, "__getitem__")):
+            raise TypeError(
+                "ChannelStatistics.update: expected keys to be a list of strings, got "
+                f"{type(keys).__name__}; pass a list, in the order of the images"
+            )
+        if isinstance(keys, (str, bytes)) or len(keys) != count:
+            got = repr(keys) if isinstance(keys, (str, bytes)) else f"{len(keys)} keys"
             raise ValueError(
                 f"ChannelStatistics.update: expected one key for each of {count} images, got {got}"
             )
-        ids = [_id_of(key) for key in keys]
+        ids = [
+            _checked_id("ChannelStatistics.update", f"keys[{n}]", key) for n, key in enumerate(keys)
+        ]
         batch: set[int] = set()
         for key, number in zip(keys, ids, strict=True):
             part = self._parts[number % len(self._parts)]
@@ -328,14 +385,26 @@ class ChannelStatistics:
             One byte for each channel; the minimum for 0, the maximum for 100.
 
         Raises:
+            TypeError: ``q`` is not a number.
             ValueError: ``q`` is out of range, or nothing was counted.
         """
-        if not 0 <= q <= 100:
+        number: Any = q
+        if not isinstance(number, (int, float, Fraction)):  # numpy's and torch's numbers
+            try:
+                # float() would read a string too.
+                number = math.nan if isinstance(number, (str, bytes)) else float(number)
+            except (RuntimeError, TypeError, ValueError):
+                number = math.nan
+            if math.isnan(number):
+                raise TypeError(
+                    f"ChannelStatistics.percentile: expected q to be a number, got {q!r}"
+                )
+        if not 0 <= number <= 100:
             raise ValueError(
                 f"ChannelStatistics.percentile: expected q to be from 0 to 100, got {q}"
             )
         total = self._total("percentile")
-        needed = max(math.ceil(Fraction(q) * total.pixels / 100), 1)
+        needed = max(math.ceil(Fraction(number) * total.pixels / 100), 1)
         return tuple(int(np.searchsorted(row.cumsum(), needed)) for row in total.counts)
 
     def normalization(
@@ -380,7 +449,13 @@ class ChannelStatistics:
                 "count twice",
                 stacklevel=2,
             )
-        return self._combined(other, 1)
+        result = self._combined(other, 1)
+        if result.pixels > _MOST:
+            raise ValueError(
+                f"ChannelStatistics: expected + of at most {_MOST} pixels together, got "
+                f"{result.pixels}"
+            )
+        return result
 
     def __sub__(self, other: ChannelStatistics) -> ChannelStatistics:
         if not isinstance(other, ChannelStatistics):
@@ -405,6 +480,11 @@ class ChannelStatistics:
                     "ChannelStatistics: expected - of a part of what was counted, got "
                     f"{part.images} images left for {len(part.ids)} keys"
                 )
+        for problem in result._contradictions():
+            raise ValueError(
+                "ChannelStatistics: expected - of a part of what was counted, got a difference "
+                f"whose {problem.what} is {problem.got}, not {problem.expected}"
+            )
         return result
 
     def __eq__(self, other: object) -> bool:
@@ -436,6 +516,23 @@ class ChannelStatistics:
                 f"{'keys' if other._has_keys() else 'none'}"
             )
 
+    def _contradictions(self) -> Iterable[_Problem]:
+        """What no images could have led to: what can be said without having seen them."""
+        for index, part in enumerate(self._parts):
+            if part is None:
+                continue
+            problem = _contradiction(part)
+            if problem is not None:
+                yield problem._replace(what=f"parts[{index}].{problem.what}")
+            folds = len(self._parts)
+            strangers = sum(number % folds != index for number in part.ids)
+            if strangers or (folds > 1 and part.images > 0 and not part.ids):
+                yield _Problem(
+                    f"parts[{index}].ids",
+                    f"the keys of the images of fold {index} of {folds}",
+                    f"{len(part.ids)} keys, {strangers} of them of others",
+                )
+
     def _combined(self, other: ChannelStatistics, sign: int) -> ChannelStatistics:
         same = sign < 0 or self.split == other.split
         result = ChannelStatistics(
@@ -463,20 +560,25 @@ class ChannelStatistics:
             ``k`` statistics: ``[s.normalization() for s in statistics.folds(5)]``.
 
         Raises:
+            TypeError: ``k`` is not a whole number.
             ValueError: ``k`` is below 2, or does not divide the ``folds`` of the constructor.
         """
+        k = _whole("ChannelStatistics.folds", "k", k)
         kept = len(self._parts)
         if k < 2 or kept % k != 0:
             raise ValueError(
                 f"ChannelStatistics.folds: expected k to be 2 or more and to divide {kept}, the "
                 f"folds that were kept apart, got {k}; pass folds={max(k, 2)} when it is made"
             )
+        present = [part for part in self._parts if part is not None]
+        total = _sum_of(present)
         training = []
         for fold in range(k):
             result = ChannelStatistics(f"{self.split}-fold{fold}of{k}")
-            result._parts = [
-                _sum_of([part for i, part in enumerate(self._parts) if i % k != fold and part])
-            ]
+            own = [part for part in self._parts[fold::k] if part is not None]
+            # All but the fold: to add up the others would take time by the square of k.
+            if total is not None and len(own) < len(present):
+                result._parts = [total.combined(_sum_of(own) or _Part.empty(len(total.counts)), -1)]
             result._reduced = self._reduced
             training.append(result)
         return training
@@ -512,7 +614,8 @@ class ChannelStatistics:
             )
         total = ChannelStatistics(self.split, len(self._parts))
         for _, content in gathered:
-            one = ChannelStatistics._from_dict(content, "ChannelStatistics.all_reduce")
+            what = "ChannelStatistics.all_reduce: expected the statistics of each process"
+            one = ChannelStatistics._from_dict(content, what)
             one.split = self.split
             total = total + one
         self._parts = total._parts
@@ -554,7 +657,7 @@ class ChannelStatistics:
         where = f"ChannelStatistics.load: expected {str(path)!r}"
         try:
             content = json.loads(Path(path).read_text())
-        except ValueError as error:
+        except (RecursionError, ValueError) as error:
             raise ValueError(f"{where} to be JSON, got: {error}") from None
         return ChannelStatistics._from_dict(content, where)
 
@@ -590,14 +693,22 @@ class ChannelStatistics:
                 f"{where} to have version {_VERSION}, got {content.get('version')!r}; it was "
                 "written by another version of pixfuse"
             )
-        try:
-            result = ChannelStatistics(content["split"], len(content["parts"]))
-            for index, saved in enumerate(content["parts"]):
-                result._parts[index] = None if saved is None else _read_part(saved)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{where} to be complete and consistent, got: {error!r}") from None
-        if len({len(part.counts) for part in result._parts if part is not None}) > 1:
-            raise ValueError(f"{where} to have one channel count, got several")
+        split, parts = (_saved(content, name, kind, where) for name, kind in _TOP.items())
+        if not parts:
+            raise ValueError(f"{where} to have parts of at least 1 fold, got []")
+        result = ChannelStatistics(split, len(parts))
+        for index, saved in enumerate(parts):
+            if saved is not None:
+                result._parts[index] = _read_part(saved, f"parts[{index}]", where)
+        channels = [len(part.counts) for part in result._parts if part is not None]
+        if len(set(channels)) > 1:
+            raise ValueError(f"{where} to have one channel count, got {sorted(set(channels))}")
+        for problem in result._contradictions():
+            raise ValueError(
+                f"{where} to have {problem.expected} as {problem.what}, got {problem.got}"
+            )
+        if result.pixels > _MOST:
+            raise ValueError(f"{where} to have at most {_MOST} pixels, got {result.pixels}")
         if result.fingerprint != content.get("fingerprint"):
             raise ValueError(
                 f"{where} to have the fingerprint {result.fingerprint} of its keys, got "
@@ -612,26 +723,109 @@ class ChannelStatistics:
         )
 
 
-def _read_part(saved: dict[str, Any]) -> _Part:
-    counts = np.array(saved["counts"], dtype=np.int64)
-    packed = base64.b64decode(saved["ids"], validate=True)
+#: The kinds of what a file holds, in its order.
+_TOP = {"split": str, "parts": list}
+_KINDS: dict[Any, str] = {str: "a string", list: "a list", dict: "an object"}
+#: The sums of stds of any images whose pixels can be counted have fewer digits.
+_DIGITS = re.compile("[0-9]{1,50}", re.ASCII)
+
+
+def _saved(content: dict[str, Any], name: str, kind: type, where: str, within: str = "") -> Any:
+    value = content.get(name)
+    if not isinstance(value, kind):
+        got = reprlib.repr(value) if name in content else "none"
+        raise ValueError(f"{where} to have {_KINDS[kind]} as {within}{name}, got {got}")
+    return value
+
+
+def _saved_whole(value: object, name: str, where: str) -> int:
+    # Not an instance of int alone: True is one.
+    if type(value) is not int or not 0 <= value <= _MOST:
+        raise ValueError(
+            f"{where} to have a whole number from 0 to {_MOST} as {name}, got {reprlib.repr(value)}"
+        )
+    return value
+
+
+def _read_part(saved: object, name: str, where: str) -> _Part:
+    """A part of a file, each of its numbers by itself in order."""
+    if not isinstance(saved, dict):
+        raise ValueError(f"{where} to have an object or null as {name}, got {reprlib.repr(saved)}")
+    within = f"{name}."
+    counts = _saved(saved, "counts", list, where, within)
+    if not counts or not all(isinstance(row, list) and len(row) == 256 for row in counts):
+        raise ValueError(
+            f"{where} to have 256 numbers for each channel as {name}.counts, got "
+            f"{reprlib.repr(counts)}"
+        )
+    for c, row in enumerate(counts):
+        for value, number in enumerate(row):
+            _saved_whole(number, f"{name}.counts[{c}][{value}]", where)
+    sums = _saved(saved, "image_std_sums", list, where, within)
+    if len(sums) != len(counts):
+        raise ValueError(
+            f"{where} to have one number for each of {len(counts)} channels as "
+            f"{name}.image_std_sums, got {len(sums)}"
+        )
+    for c, digits in enumerate(sums):
+        if not isinstance(digits, str) or not _DIGITS.fullmatch(digits):
+            raise ValueError(
+                f"{where} to have a string of at most 50 digits as {name}.image_std_sums[{c}], got "
+                f"{reprlib.repr(digits)}"
+            )
+    text = _saved(saved, "ids", str, where, within)
+    try:
+        packed = base64.b64decode(text, validate=True)
+    except ValueError as error:
+        raise ValueError(f"{where} to have base64 as {name}.ids, got: {error}") from None
     ids = [int.from_bytes(packed[i : i + 8], "big") for i in range(0, len(packed), 8)]
-    part = _Part(
-        counts,
-        [int(s) for s in saved["image_std_sums"]],
-        saved["images"],
-        saved["pixels"],
+    if len(packed) % 8 != 0 or len(set(ids)) != len(ids):
+        raise ValueError(
+            f"{where} to have different keys of 8 bytes each as {name}.ids, got {len(set(ids))} "
+            f"of {len(packed)} bytes"
+        )
+    return _Part(
+        np.array(counts, np.int64),
+        [int(digits) for digits in sums],
+        _saved_whole(saved.get("images"), f"{name}.images", where),
+        _saved_whole(saved.get("pixels"), f"{name}.pixels", where),
         set(ids),
     )
-    if counts.ndim != 2 or counts.shape[1] != 256 or (counts < 0).any():
-        raise ValueError(f"counts of shape {counts.shape}, or below 0")
-    if len(part.image_std_sums) != len(counts):
-        raise ValueError(f"{len(part.image_std_sums)} stds for {len(counts)} channels")
-    if any(int(row.sum()) != part.pixels for row in counts):
-        raise ValueError(f"counts that do not add up to {part.pixels} pixels")
-    if len(packed) % 8 != 0 or len(ids) > part.images or len(ids) != len(part.ids):
-        raise ValueError(f"{len(ids)} keys for {part.images} images")
-    return part
+
+
+class _Problem(NamedTuple):
+    """A number that cannot be, beside the others."""
+
+    what: str
+    expected: str
+    got: Any
+
+
+def _contradiction(part: _Part) -> _Problem | None:
+    """What no images could have led to, if anything."""
+    for c, row in enumerate(part.counts.tolist()):
+        if sum(row) != part.pixels:  # of Python's numbers, which do not overflow
+            return _Problem("pixels", f"{sum(row)}, the sum of counts[{c}]", part.pixels)
+    least = 1 if part.pixels > 0 else 0
+    if not least <= part.images <= part.pixels:
+        return _Problem("images", f"{least} to {part.pixels} for {part.pixels} pixels", part.images)
+    if len(part.ids) > part.images:
+        return _Problem("ids", f"the keys of {part.images} images", f"{len(part.ids)} keys")
+    for c, (total, squares) in enumerate(_moments(part)):
+        spread = part.pixels * squares - total**2 if part.pixels > 0 else 0
+        if part.images == 1:
+            least = most = math.isqrt(spread << (2 * _STD_BITS)) // part.pixels
+        else:
+            # The stds of images are largest where all images have the same mean: with n pixels
+            # each, sum(n * std**2) <= spread / pixels, and sum(std)**2 <= images * sum(std**2).
+            least = 0
+            most = math.isqrt((part.images * spread << (2 * _STD_BITS)) // max(part.pixels, 1))
+        if not least <= part.image_std_sums[c] <= most:
+            bounds = f"{least}" if least == most else f"{least} to {most}"
+            return _Problem(
+                f"image_std_sums[{c}]", f"{bounds} for these counts", part.image_std_sums[c]
+            )
+    return None
 
 
 def _sum_of(parts: list[_Part]) -> _Part | None:
