@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 import torch
@@ -681,6 +682,53 @@ def test_ctrl_c_and_resume(many: Path, finished: bytes, tmp_path: Path) -> None:
     assert output.read_bytes() == finished
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("when", ["early", "later"])
+def test_signals_to_all_processes(
+    number: signal.Signals, when: str, many: Path, finished: bytes, tmp_path: Path
+) -> None:
+    """As terminals and schedulers send them: the workers, and what forks them, must live on."""
+    output = tmp_path / "stats.json"
+    process = start("stats", many, "--folds", 3, "--output", output, "--save-every", 0,
+                    "--workers", 2)  # fmt: skip
+    if when == "early":
+        # What forks the workers is importing torch for a while.
+        wait_until(lambda: any("forkserver" in command_of(p) for p in descendants(process.pid)))
+    else:
+        wait_until(output.exists)
+    os.killpg(process.pid, number)
+    _, errors = process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == 128 + number, errors
+    assert "add --resume to go on" in errors
+    assert "Traceback" not in errors
+    partial = pixfuse.ChannelStatistics.load(output)
+    assert partial.images < 400
+    assert when == "early" or partial.images > 0
+    content = stats(many, "--folds", 3, "--output", output, "--resume")
+    assert content["resumed_images"] == partial.images
+    assert output.read_bytes() == finished
+
+
+def command_of(process: int) -> str:
+    try:
+        return Path(f"/proc/{process}/cmdline").read_text()
+    except OSError:  # it ended
+        return ""
+
+
+def test_ctrl_c_before_counting() -> None:
+    """And in a command that has nothing to save."""
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    command = click.Command("waits", callback=interrupted)
+    group = cli._Commands("pixfuse", commands={"waits": command})
+    result = CliRunner().invoke(group, ["waits"])
+    assert result.exit_code == 130
+    assert result.stderr == "pixfuse: interrupted\n"
+
+
 def test_killed_and_resumed(many: Path, finished: bytes, tmp_path: Path) -> None:
     output = tmp_path / "stats.json"
     images = [0]
@@ -725,7 +773,7 @@ def descendants(process: int) -> list[int]:
 def test_a_worker_that_dies(many: Path, finished: bytes, tmp_path: Path) -> None:
     output = tmp_path / "stats.json"
     process = start("stats", many, "--folds", 3, "--output", output, "--save-every", 0,
-                    "--workers", 1)  # fmt: skip
+                    "--workers", 2)  # fmt: skip
     wait_until(output.exists)
     children = {child: descendants(child) for child in descendants(process.pid)}
     worker = next(below[0] for below in children.values() if below)

@@ -12,6 +12,8 @@ import hashlib
 import json
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.forkserver
+import multiprocessing.resource_tracker
 import os
 import signal
 import threading
@@ -143,6 +145,9 @@ def _image_of(array: np.ndarray) -> Image.Image:
 
 # ---- workers -------------------------------------------------------------------------------------
 
+#: What reaches every process of a terminal's or a scheduler's group, and is for the parent alone.
+_GROUP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 
 class Interruption:
     """While in force, the first SIGINT or SIGTERM is noted; a second one acts as usual."""
@@ -153,7 +158,7 @@ class Interruption:
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in _GROUP_SIGNALS:
                 self._before[number] = signal.signal(number, self._note)
         return self
 
@@ -167,18 +172,40 @@ class Interruption:
         self.__exit__()
 
 
+def _start_fork_server() -> None:
+    """Start what workers are forked from, with the signals of groups blocked, as in its children.
+
+    It imports torch for seconds before it could ask for that itself.
+    """
+    # Of its own accord the server would start it first, and Python 3.11 unblocks signals there.
+    multiprocessing.resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _GROUP_SIGNALS)
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker() -> None:
-    """Leaves Ctrl-C to the parent, and does not outlive it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """Leaves the signals of groups to the parent, and does not outlive it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _GROUP_SIGNALS)
     torch.set_num_threads(1)
     parent = multiprocessing.parent_process()
     assert parent is not None
+    assert parent.pid is not None
     threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+    threading.Thread(target=_end_when_told_by, args=(parent.pid,), daemon=True).start()
 
 
 def _end_with(sentinel: int) -> None:
     multiprocessing.connection.wait([sentinel])
+    os._exit(1)
+
+
+def _end_when_told_by(parent: int) -> None:
+    """The pool ends its workers by SIGTERM when one of them has died."""
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
+        pass
     os._exit(1)
 
 
@@ -189,6 +216,7 @@ def _in_workers(
     # Not forked from here, where torch and gloo have threads; imported once for all workers.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
+    _start_fork_server()
     pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker)
     waiting = iter(work)
     pending: set[concurrent.futures.Future[Piece]] = set()

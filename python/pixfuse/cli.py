@@ -102,7 +102,19 @@ def console() -> Console:
     return out if out.is_terminal else Console(highlight=False, width=200)
 
 
+class _Commands(click.Group):
+    """Commands that end as their exit codes say, wherever they are interrupted."""
+
+    def invoke(self, context: click.Context) -> Any:
+        """Run one."""
+        try:
+            return super().invoke(context)
+        except KeyboardInterrupt:  # before counting began, or a second one; click would exit with 1
+            fail("interrupted", 130)
+
+
 @click.group(
+    cls=_Commands,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog=EXIT_CODES,
 )
@@ -263,8 +275,6 @@ def stats(
     except BrokenProcessPool:
         saved = f"; {output} holds what was counted, --resume goes on" if output else ""
         fail(f"expected the workers to live, got one that died: too little memory?{saved}")
-    except KeyboardInterrupt:  # before counting began, or a second one
-        fail("interrupted", 130)
     except RuntimeError as error:
         if ranks.size == 1:
             raise
