@@ -1,5 +1,6 @@
 """The command line: what it counts, what interrupts it, what it says, and what it draws."""
 
+import contextlib
 import io
 import json
 import os
@@ -7,6 +8,7 @@ import posixpath
 import pty
 import random
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -15,7 +17,6 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -577,7 +578,7 @@ def test_lists_of_odd_names(tmp_path: Path) -> None:
     assert json.loads(named.stdout)["unreadable"][0]["reason"] == "File name too long"
 
 
-@contextmanager
+@contextlib.contextmanager
 def closed(folder: Path, mode: int) -> Iterator[None]:
     """A folder that this process may not look into, nor root, which becomes nobody meanwhile."""
     before = os.geteuid()
@@ -908,7 +909,20 @@ def test_a_single_value_has_no_normalization(tmp_path: Path) -> None:
         (["stats", ".", "--resume"], "expected --output with --resume, to go on from, got none"),
         (["stats", ".", "--output", "/no/such/a"], "expected --output in a folder that exists"),
         (["stats", ".", "--plot", "/no/such/a"], "expected --plot in a folder that exists"),
-        (["stats", ".", "--folds", "1"], "1 is not in the range x>=2"),
+        (["stats", ".", "--folds", "1"], "1 is not in the range 2<=x<=1000"),
+        (["stats", ".", "--folds", "100000"], "100000 is not in the range 2<=x<=1000"),
+        (["stats", ".", "--output", ""], "expected --output to be the name of a file, got ''"),
+        (["stats", ".", "--plot", ""], "expected --plot to be the name of a file, got ''"),
+        (["show", __file__, "--output", ""], "expected --output to be the name of a file, got ''"),
+        (["show", __file__, "--output", "/no/such/a"], "expected --output in a folder that exists"),
+        (["bench", "--plot", ""], "expected --plot to be the name of a file, got ''"),
+        (["bench", "--plot", "/no/such/a"], "expected --plot in a folder that exists"),
+        (["stats", ".", "--output", "/proc/a"], "expected --output to be a file that can be wr"),
+        (["stats", ".", "--plot", "/proc/a"], "expected --plot to be a file that can be written"),
+        (["show", __file__, "--output", "/proc/a"], "expected --output to be a file that can be"),
+        (["bench", "--plot", "/proc/a"], "expected --plot to be a file that can be written"),
+        (["stats", ".", "--plot", "a" * 250], "(File name too long); choose another"),
+        (["stats", ".", "--output", "a", "--plot", "./a"], "expected --plot to be another file"),
         (["show", __file__, "--normalization", "imagnet"], "expected one of unit, signed"),
         (["show", __file__, "--normalization", "0/0"], "expected std to be above 0"),
         (["show", __file__, "--normalization", "0.1,0.2/1"], "expected mean and std of 1 or 3"),
@@ -1082,3 +1096,163 @@ def test_pieces_of_arrays_leave_out_what_is_done() -> None:
     assert [(piece.start, piece.stop) for piece in pieces] == [
         (1, 513), (513, 600), (601, 1113), (1113, 1199),
     ]  # fmt: skip
+
+
+# --- what is written, and where ---
+
+
+def test_outputs_replace_no_input(photos: Path, tmp_path: Path) -> None:
+    image = tmp_path / "show.png"
+    Image.fromarray(noise(20, 30, 0)).save(image)
+    listing = tmp_path / "list.txt"
+    listing.write_text("show.png\n")
+    np.save(tmp_path / "a.npy", noise(20, 30, 0))
+    with tarfile.open(tmp_path / "a.tar", "w") as shard:
+        shard.add(image, "show.png")
+    statistics = tmp_path / "stats.json"
+    stats(image, "--output", statistics)
+    (tmp_path / "link.png").symlink_to(image)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for arguments in (
+        ("stats", image, "--output", image),
+        ("stats", tmp_path, "--output", image),
+        ("stats", tmp_path, "--plot", image),
+        ("stats", image, "--output", tmp_path / "link.png"),
+        ("stats", listing, "--output", listing),
+        ("stats", f"{tmp_path}/*.txt", "--output", listing),
+        ("stats", tmp_path / "a.npy", "--output", tmp_path / "a.npy"),
+        ("stats", tmp_path / "a.tar", "--output", tmp_path / "a.tar", "--resume"),
+        ("show", image, "--output", image),
+        ("show", image, "--stats", statistics, "--output", statistics),
+    ):
+        result = run(*arguments)
+        assert result.exit_code == 2, arguments
+        assert "to be none of the files that are read, got" in result.stderr
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_outputs_replace_no_device(photos: Path, tmp_path: Path) -> None:
+    """A pipe here: were it a device, a test that fails would replace it."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for arguments in (
+        ("stats", photos, "--output", pipe),
+        ("stats", photos, "--plot", pipe),
+        ("show", photos / "cat" / "00.jpg", "--output", pipe),
+        ("bench", "--plot", pipe),
+    ):
+        result = run(*arguments)
+        assert result.exit_code == 2
+        assert "to be a new or a regular file, got" in result.stderr
+    with pytest.raises(OSError, match="not a regular file"):
+        pixfuse.ChannelStatistics().save(pipe)
+    assert pipe.is_fifo()
+
+
+def test_a_check_changes_nothing(photos: Path, tmp_path: Path) -> None:
+    output = tmp_path / "stats.json"
+    output.write_text("before")
+    assert run("stats", "/no/such", "--output", output, "--plot", tmp_path / "p").exit_code == 2
+    assert output.read_text() == "before"
+    assert [path.name for path in tmp_path.iterdir()] == ["stats.json"]
+
+
+@contextlib.contextmanager
+def no_space_left(size: int) -> Iterator[None]:
+    """As on a full disk: no file gets larger than this."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_leaves_nothing_unfinished(photos: Path, tmp_path: Path) -> None:
+    for arguments in (
+        ("stats", photos, "--output", tmp_path / "a", "--workers", 0),
+        ("stats", photos, "--plot", tmp_path / "a", "--workers", 0),
+        ("show", photos / "cat" / "00.jpg", "--output", tmp_path / "a"),
+        ("bench", "--batch", 2, "--size", 32, "--rounds", 1, "--plot", tmp_path / "a"),
+    ):
+        (tmp_path / "a").write_text("before")
+        with no_space_left(500):
+            result = run(*arguments)
+        assert result.exit_code == cli.FAILED, result.output
+        assert f"pixfuse: cannot write '{tmp_path}/a': File too large" in result.stderr
+        assert [path.name for path in tmp_path.iterdir()] == ["a"]
+        assert (tmp_path / "a").read_text() == "before"
+    counted = pixfuse.ChannelStatistics()
+    counted.update(noise(8, 8, 0), "NHWC")
+    with no_space_left(500), pytest.raises(OSError, match="File too large"):
+        counted.save(tmp_path / "a")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+# --- names ---
+
+
+def test_names_are_no_markup(photos: Path, tmp_path: Path) -> None:
+    """Neither of rich, nor of matplotlib, which takes what is between dollars for a formula."""
+    statistics = tmp_path / "s_[bold]x[red]$\\foo$.json"
+    plot = tmp_path / "plot.png"
+    result = run("stats", photos, "--split", r"$\foo$ [bold]", "--plot", plot, "--workers", 0,
+                 "--output", statistics)  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith(r"$\foo$ [bold]: 5 images")
+    assert is_png(plot)
+    output = tmp_path / "out:100:.png"
+    path = photos / "cat" / "00.jpg"
+    result = run("show", path, "--stats", statistics, "--output", output)
+    assert result.exit_code == 0, result.output
+    assert statistics.name in result.stdout
+    assert f"drawn to {output}" in result.stdout
+    assert is_png(output)
+
+
+# --- what torchrun sets ---
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE to be a whole number of 1 or more, got 'abc'"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE to be a whole number of 1 or more, got ''"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE to be a whole number of 1 or more, got '0'"),
+        ({"WORLD_SIZE": "2"}, "RANK to be a whole number from 0 to 1, got none"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK to be a whole number from 0 to 1, got '2'"),
+        ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE to be a whole number of 1 or more, got '0'"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "environment variables of torchrun, got: "),
+    ],
+)
+def test_wrong_variables(
+    variables: dict[str, str], message: str, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    result = run("stats", photos, "--json")
+    assert result.exit_code == 2, result.output
+    assert message in " ".join(result.stderr.split())
+    assert "start it with torchrun, or unset WORLD_SIZE" in " ".join(result.stderr.split())
+
+
+def test_show_draws_three_channels(photos: Path, tmp_path: Path) -> None:
+    path = photos / "cat" / "00.jpg"
+    stats(path, "--mode", "RGBA", "--output", tmp_path / "4.json")
+    two = pixfuse.ChannelStatistics()
+    two.update(np.stack([noise(8, 8, 0)[..., :2]]), "NHWC")
+    two.save(tmp_path / "2.json")
+    for channels in (2, 4):
+        options = ("--stats", tmp_path / f"{channels}.json", "--output", tmp_path / "a.png")
+        result = run("show", path, *options)
+        assert result.exit_code == 2, result.output
+        message = (
+            f"expected --stats of 1 or 3 channels, as pictures are drawn in RGB, got {channels}"
+        )
+        assert message in " ".join(result.stderr.split())
+
+
+def test_many_folds_of_few_images(photos: Path) -> None:
+    assert len(stats(photos, "--folds", cli.MOST_FOLDS)["folds"]) == cli.MOST_FOLDS

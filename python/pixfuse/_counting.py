@@ -43,6 +43,7 @@ from pixfuse._image_files import (
     reason_of,
     transform,
 )
+from pixfuse._output_files import writing
 from pixfuse.pixels import count_one
 from pixfuse.statistics import ChannelStatistics, _id_of
 
@@ -275,17 +276,45 @@ class _Sum:
 # ---- ranks ---------------------------------------------------------------------------------------
 
 
+def number_of(
+    variable: str, least: int, most: int | None = None, default: int | None = None
+) -> int:
+    """The number in an environment variable that torchrun sets."""
+    text = os.environ.get(variable)
+    if text is None and default is not None:
+        return default
+    try:
+        number = int(text or "")
+    except ValueError:
+        number = least - 1
+    if number < least or (most is not None and number > most):
+        bounds = f"of {least} or more" if most is None else f"from {least} to {most}"
+        raise UsageProblemError(
+            f"expected the environment variable {variable} to be a whole number {bounds}, got "
+            f"{'none' if text is None else repr(text)}; start it with torchrun, or unset "
+            "WORLD_SIZE and LOCAL_WORLD_SIZE"
+        )
+    return number
+
+
 class Ranks:
     """The processes that share the work, as torchrun starts them; without it this one alone."""
 
     def __init__(self) -> None:
-        self.size = int(os.environ.get("WORLD_SIZE", "1"))
-        self.rank = int(os.environ.get("RANK", "0")) if self.size > 1 else 0
+        self.size = number_of("WORLD_SIZE", 1, default=1)
+        self.rank = number_of("RANK", 0, self.size - 1) if self.size > 1 else 0
 
     def __enter__(self) -> Ranks:
         if self.size > 1:
             # A rank may wait long for the one that got the largest images.
-            torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
+            timeout = timedelta(days=7)
+            try:
+                torch.distributed.init_process_group("gloo", timeout=timeout)
+            except ValueError as error:  # where to meet is in variables too
+                raise UsageProblemError(
+                    f"expected the environment variables of torchrun, got: {error}; start it with "
+                    "torchrun, or unset WORLD_SIZE"
+                ) from None
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -315,9 +344,8 @@ def save_run(path: Path, outcome: Piece, reading: Reading, complete: bool) -> No
         "reading": asdict(reading),
         "unreadable": [one._asdict() for one in sorted(set(outcome.unreadable))],
     }
-    unfinished = path.with_name(f"{path.name}.unfinished{os.getpid()}")
-    unfinished.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
-    unfinished.replace(path)
+    with writing(path) as unfinished:
+        unfinished.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
 def _load_run(path: Path, reading: Reading, split: str, folds: int) -> ChannelStatistics:
@@ -423,6 +451,7 @@ def count_all(
     Raises:
         UsageProblemError: ``output`` is from another run.
         NotReadableError: a file is unreadable, and ``strict``.
+        NotWrittenError: ``output`` cannot be written.
     """
     began = time.perf_counter()
     _check_same_images(found, ranks)

@@ -10,6 +10,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
+from pixfuse._output_files import writing
 from pixfuse.functional import normalize
 from pixfuse.normalization import Normalization
 from pixfuse.pixels import standardize_per_image
@@ -24,6 +25,11 @@ _NAMES = {1: ["gray"], 3: ["red", "green", "blue"], 4: ["red", "green", "blue", 
 _OURS, _PEER = "#e4572e", "#b8c0cc"
 #: The longer side of a picture, in pixels: enough to see, quick to draw.
 _SHOWN = 480
+
+
+def _save(figure: Figure, path: Path, dpi: int) -> None:
+    with writing(path) as unfinished:
+        figure.savefig(unfinished, dpi=dpi, format="png")
 
 
 def draw_histogram(statistics: ChannelStatistics, path: Path) -> None:
@@ -42,10 +48,11 @@ def draw_histogram(statistics: ChannelStatistics, path: Path) -> None:
     axes.set(xlim=(-2, 257), xlabel="byte value", ylabel="share of the pixels")
     axes.set_ylim(bottom=0)
     split = f"{statistics.split}: " if statistics.split else ""
-    axes.set_title(f"{split}{statistics.images:,} images, {statistics.pixels:,} pixels")
+    title = f"{split}{statistics.images:,} images, {statistics.pixels:,} pixels"
+    axes.set_title(title, parse_math=False)  # a $ in a name is a $
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120, format="png")
+    _save(figure, path, 120)
 
 
 def draw_show(
@@ -73,7 +80,7 @@ def draw_show(
     for (name, values), (left, right) in zip(modes, axes, strict=True):
         shown = (values[:, ::step, ::step] - low) / span
         left.imshow(shown.permute(1, 2, 0).numpy())
-        left.set_title(name, loc="left")
+        left.set_title(name, loc="left", parse_math=False)  # a $ in a name is a $
         left.axis("off")
         for c, channel in enumerate(values):
             mean, std = (
@@ -89,7 +96,7 @@ def draw_show(
         right.axvline(0, color="#6b7683", linewidth=0.8)
     axes[-1][1].set_xlabel("value that the network gets")
     figure.suptitle("One scale of brightness, one axis of values")
-    figure.savefig(path, dpi=110, format="png")
+    _save(figure, path, 110)
     return [
         {
             "mode": name,
@@ -134,4 +141,4 @@ def draw_bench(results: dict[str, Any], path: Path) -> None:
     panels[-1].set_xlabel("µs per image, shorter is better")
     size, batch, threads = (results[name] for name in ("size", "batch", "threads"))
     figure.suptitle(f"{batch} images of {size}x{size}x3, threads: {threads}, {results['isa']}")
-    figure.savefig(path, dpi=120, format="png")
+    _save(figure, path, 120)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pixfuse._library import info as library_info
+from pixfuse._output_files import NotWrittenError, unfinished_of
 from pixfuse.normalization import (
     CIFAR10,
     CIFAR100,
@@ -58,6 +60,9 @@ PRESETS = {
 
 #: Exit codes beside 0, and 2 of a wrong command line.
 FAILED, UNREADABLE, NOTHING = 1, 3, 4
+
+#: Every fold has counts of its own, in memory and between processes.
+MOST_FOLDS = 1000
 
 EXIT_CODES = """\b
 Exit codes: 0 done; 1 an error, or a library is missing; 2 a wrong command
@@ -98,8 +103,50 @@ def print_json(content: Any) -> None:
 
 def console() -> Console:
     """Where tables go; as wide as they need where nobody looks."""
-    out = Console(highlight=False)
-    return out if out.is_terminal else Console(highlight=False, width=200)
+    plain: Any = {"highlight": False, "markup": False, "emoji": False}  # names are no markup
+    out = Console(**plain)
+    return out if out.is_terminal else Console(**plain, width=200)
+
+
+def check_output(option: str, path: Path) -> None:
+    """Say at once, and not after an hour of counting, that a file cannot be written there."""
+    if not path.name:
+        raise click.UsageError(f"expected {option} to be the name of a file, got ''")
+    try:
+        if not path.absolute().parent.is_dir():
+            raise click.UsageError(
+                f"expected {option} in a folder that exists, got {str(path)!r}; make it first"
+            )
+        if path.exists() and not path.is_file():
+            raise click.UsageError(
+                f"expected {option} to be a new or a regular file, got {str(path)!r}, which is "
+                "neither; choose another"
+            )
+        unfinished = unfinished_of(path)
+        unfinished.touch()
+        unfinished.unlink()
+    except OSError as error:
+        raise click.UsageError(
+            f"expected {option} to be a file that can be written, got {str(path)!r} "
+            f"({error.strerror}); choose another"
+        ) from None
+
+
+def check_no_input(option: str, path: Path, inputs: Iterable[str | Path]) -> None:
+    """What is read is not to be replaced by what is written, under whatever name."""
+    if not path.exists():
+        return
+    status = path.stat()
+    for one in inputs:
+        try:
+            same = os.path.samestat(os.stat(one), status)  # noqa: PTH116  (also of many files)
+        except OSError:
+            continue  # what is not there cannot be replaced
+        if same:
+            raise click.UsageError(
+                f"expected {option} to be none of the files that are read, got {str(path)!r}; "
+                "choose another"
+            )
 
 
 class _Commands(click.Group):
@@ -111,6 +158,8 @@ class _Commands(click.Group):
             return super().invoke(context)
         except KeyboardInterrupt:  # before counting began, or a second one; click would exit with 1
             fail("interrupted", 130)
+        except NotWrittenError as error:
+            fail(str(error))
 
 
 @click.group(
@@ -163,7 +212,7 @@ def _flat(content: dict[str, Any], above: str = "") -> Iterator[tuple[str, str]]
 )
 @click.option(
     "--folds",
-    type=click.IntRange(2),
+    type=click.IntRange(2, MOST_FOLDS),
     help="Also give the training statistics of each fold of a cross-validation.",
 )
 @click.option("--resize", type=click.IntRange(1), help="Resize the shorter side first, bilinear.")
@@ -229,30 +278,36 @@ def stats(
 
     Ctrl-C saves what was counted to --output; the same command with --resume goes on from there.
     """
-    from pixfuse._counting import NotReadableError, Ranks, count_all, rank_file
+    from pixfuse._counting import NotReadableError, Ranks, count_all, number_of, rank_file
     from pixfuse._image_files import Reading, UsageProblemError, find_images
 
     if resume and output is None:
         raise click.UsageError("expected --output with --resume, to go on from, got none")
-    for option, path in (("--output", output), ("--plot", plot)):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise click.UsageError(
-                f"expected {option} in a folder that exists, got {str(path)!r}; make it first"
-            )
+    options = (("--output", output), ("--plot", plot))
+    written = [(option, path) for option, path in options if path is not None]
+    for option, path in written:
+        check_output(option, path)
+    if output is not None and plot is not None and output.resolve() == plot.resolve():
+        raise click.UsageError(
+            f"expected --plot to be another file than --output, got {str(plot)!r} for both"
+        )
     if plot is not None:
         with extra("for --plot"):
             import matplotlib.figure  # noqa: F401  (now, and not after an hour of counting)
-    ranks = Ranks()
+    ranks = None
     try:
+        ranks = Ranks()
+        local_ranks = number_of("LOCAL_WORLD_SIZE", 1, default=ranks.size)
         with ranks:
             found = find_images(paths, layout)
+            for option, path in written:
+                check_no_input(option, path, _read_by(paths, found))
             if output is not None and not resume and ranks.rank == 0:
                 _check_unfinished(output, rank_file(output, 0))
             if mode is None:
                 mode = _mode_of(found)
             if workers is None:
-                share = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
-                workers = max(len(os.sched_getaffinity(0)) // share, 1)
+                workers = max(len(os.sched_getaffinity(0)) // local_ranks, 1)
                 workers = min(workers, found.images // 200)  # they take a while to start
             with _progress(quiet=as_json or ranks.rank > 0) as progress:
                 outcome = count_all(
@@ -276,7 +331,7 @@ def stats(
         saved = f"; {output} holds what was counted, --resume goes on" if output else ""
         fail(f"expected the workers to live, got one that died: too little memory?{saved}")
     except RuntimeError as error:
-        if ranks.size == 1:
+        if ranks is None or ranks.size == 1:
             raise
         fail(f"expected all processes to reach the end, got one that did not ({error})")
     if ranks.rank > 0 and outcome.complete:
@@ -297,6 +352,14 @@ def stats(
         fail(f"interrupted after {outcome.statistics.images} images; {how}", 128 + outcome.signal)
     if outcome.statistics.images == 0:
         fail("expected at least 1 image that can be read, got none", NOTHING)
+
+
+def _read_by(paths: Iterable[str], found: Any) -> Iterator[str]:
+    """All files that a run reads: those that were named, lists among them, and the images."""
+    named = {name for path in paths for name in [path, *glob.glob(path, recursive=True)]}  # noqa: PTH207
+    yield from named
+    yield from {file.path for file in found.files}  # once for all images of a shard
+    yield from {part.path for part, _ in found.arrays}
 
 
 def _check_unfinished(output: Path, first_rank: Path) -> None:
@@ -408,8 +471,7 @@ def _print_stats(summary: dict[str, Any], unreadable: list[Any]) -> None:
         f"{name}{summary['images']:,} images, {summary['pixels']:,} pixels, "
         f"{len(unreadable)} unreadable, {summary['skipped_files']} other files skipped; "
         f"{summary['seconds']:.1f} s"
-        + (f", {100 * share:.0f} % of the work in decoding" if share is not None else ""),
-        markup=False,
+        + (f", {100 * share:.0f} % of the work in decoding" if share is not None else "")
     )
     if not summary["images"]:
         return
@@ -435,7 +497,7 @@ def _print_stats(summary: dict[str, Any], unreadable: list[Any]) -> None:
             mean, std = (", ".join(f"{v:.6f}" for v in fold[name]) for name in ("mean", "std"))
             out.print(f"fold {index}: train on {fold['images']:,} images: mean {mean}; std {std}")
     if "output" in summary:
-        out.print(f"saved to {summary['output']}", markup=False)
+        out.print(f"saved to {summary['output']}")
 
 
 # ---- show ----------------------------------------------------------------------------------------
@@ -505,8 +567,8 @@ def show(
         from pixfuse._figures import draw_show
     from pixfuse._image_files import ImageFile, Reading, read_image, reason_of
 
-    if not output.absolute().parent.is_dir():
-        raise click.UsageError(f"expected --output in a folder that exists, got {str(output)!r}")
+    check_output("--output", output)
+    check_no_input("--output", output, [image, *([stats_file] if stats_file else [])])
     try:
         pixels = read_image(ImageFile(image.name, str(image)), Reading())
     except Exception as error:  # whatever a damaged file leads a decoder to
@@ -514,7 +576,14 @@ def show(
     chosen = list(normalizations)
     if stats_file is not None:
         try:
-            chosen.append((stats_file.name, ChannelStatistics.load(stats_file).normalization()))
+            counted = ChannelStatistics.load(stats_file)
+            channels = len(counted.mean)
+            if channels not in (1, 3):
+                raise ValueError(
+                    "expected --stats of 1 or 3 channels, as pictures are drawn in RGB, got "
+                    f"{channels} in {str(stats_file)!r}; count with --mode RGB"
+                )
+            chosen.append((stats_file.name, counted.normalization()))
         except ValueError as error:
             raise click.UsageError(str(error)) from None
     rows = draw_show(pixels, chosen, output)
@@ -530,7 +599,7 @@ def show(
             values = [f"{round(number[c], 4) + 0.0:.4f}" for number in numbers]  # no -0.0000
             table.add_row(row["mode"] if c == 0 else "", channel, *values)
     console().print(table)
-    console().print(f"drawn to {output}", markup=False)
+    console().print(f"drawn to {output}")
 
 
 # ---- bench ---------------------------------------------------------------------------------------
@@ -559,6 +628,7 @@ def bench(
     from pixfuse._quick_bench import run
 
     if plot is not None:
+        check_output("--plot", plot)
         with extra("for --plot"):
             import matplotlib.figure  # noqa: F401
     results = run(batch, size, threads, rounds)
@@ -585,6 +655,6 @@ def bench(
         job = row["job"]
     out.print(table)
     for note in results["notes"]:
-        out.print(note, markup=False)
+        out.print(note)
     if plot is not None:
-        out.print(f"drawn to {plot}", markup=False)
+        out.print(f"drawn to {plot}")

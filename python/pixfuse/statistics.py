@@ -21,6 +21,7 @@ import torch
 
 from pixfuse._checks import check_images
 from pixfuse._image_input import _check_not_empty
+from pixfuse._output_files import replacing
 from pixfuse.normalization import Normalization, Rounding
 from pixfuse.pixels import Images, channel_histogram, count_each, image_moments
 
@@ -633,12 +634,10 @@ class ChannelStatistics:
             Nothing.
 
         Raises:
-            OSError: the file cannot be written.
+            OSError: the file cannot be written, or is a device, a pipe or a folder.
         """
-        target = Path(path)
-        unfinished = target.with_name(f"{target.name}.unfinished")
-        unfinished.write_text(json.dumps(self._to_dict(), indent=1, sort_keys=True) + "\n")
-        unfinished.replace(target)
+        with replacing(Path(path)) as unfinished:
+            unfinished.write_text(json.dumps(self._to_dict(), indent=1, sort_keys=True) + "\n")
 
     @staticmethod
     def load(path: str | Path) -> ChannelStatistics:
