@@ -1210,6 +1210,26 @@ def test_names_are_no_markup(photos: Path, tmp_path: Path) -> None:
     assert is_png(output)
 
 
+def test_outputs_whose_names_are_not_utf8(photos: Path, tmp_path: Path) -> None:
+    name = os.fsdecode(b"\xff")
+    path = photos / "cat" / "00.jpg"
+    for command in (
+        ("stats", path, "--split", name, "--output", tmp_path / name, "--plot", tmp_path / "a"),
+        ("show", path, "--stats", tmp_path / name, "--output", tmp_path / (name + ".png")),
+    ):
+        result = subprocess.run(
+            [sys.executable, "-m", "pixfuse", *command],
+            env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 0, result.stderr
+        assert "\\udcff" in result.stdout
+    assert is_png(tmp_path / (name + ".png"))
+    assert pixfuse.ChannelStatistics.load(tmp_path / name).split == name
+
+
 # --- what torchrun sets ---
 
 

@@ -10,6 +10,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
+from pixfuse._image_files import _printable
 from pixfuse._output_files import writing
 from pixfuse.functional import normalize
 from pixfuse.normalization import Normalization
@@ -32,6 +33,11 @@ def _save(figure: Figure, path: Path, dpi: int) -> None:
         figure.savefig(unfinished, dpi=dpi, format="png")
 
 
+def _set_title(axes: Any, title: str, **how: Any) -> None:
+    """A title with names in it: a $ is a $, and bytes that are no UTF-8 are written out."""
+    axes.set_title(_printable(title), parse_math=False, **how)
+
+
 def draw_histogram(statistics: ChannelStatistics, path: Path) -> None:
     """The share of pixels of each byte value, with the means."""
     counts = statistics.counts.numpy()
@@ -49,7 +55,7 @@ def draw_histogram(statistics: ChannelStatistics, path: Path) -> None:
     axes.set_ylim(bottom=0)
     split = f"{statistics.split}: " if statistics.split else ""
     title = f"{split}{statistics.images:,} images, {statistics.pixels:,} pixels"
-    axes.set_title(title, parse_math=False)  # a $ in a name is a $
+    _set_title(axes, title)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     _save(figure, path, 120)
@@ -80,7 +86,7 @@ def draw_show(
     for (name, values), (left, right) in zip(modes, axes, strict=True):
         shown = (values[:, ::step, ::step] - low) / span
         left.imshow(shown.permute(1, 2, 0).numpy())
-        left.set_title(name, loc="left", parse_math=False)  # a $ in a name is a $
+        _set_title(left, name, loc="left")
         left.axis("off")
         for c, channel in enumerate(values):
             mean, std = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import io
 import json
 import os
 import sys
@@ -170,6 +171,9 @@ class _Commands(click.Group):
 @click.version_option(package_name="pixfuse")
 def pixfuse() -> None:
     """Images to normalized tensors: the numbers that go in, and what comes out."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files need not be UTF-8
+            stream.reconfigure(errors="backslashreplace")
 
 
 # ---- info ----------------------------------------------------------------------------------------
@@ -368,7 +372,7 @@ def _check_unfinished(output: Path, first_rank: Path) -> None:
         finished = json.loads(output.read_text())["run"]["complete"]
     except FileNotFoundError:
         finished = not first_rank.exists()
-    except (OSError, KeyError, TypeError, ValueError):
+    except (OSError, KeyError, RecursionError, TypeError, ValueError):
         finished = True
     if not finished:
         raise click.UsageError(
