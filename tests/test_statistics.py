@@ -331,6 +331,28 @@ def test_a_difference_with_more_keys_than_images_is_refused() -> None:
         alike - twice
 
 
+def test_sums_and_differences_of_any_images_are_possible() -> None:
+    """Flat images and those of black and white are at the bounds of what stds can add up to."""
+    source = random.Random(0)
+    sides = range(1, 5)
+    for _ in range(100):
+        one, other = (
+            without_keys(
+                [
+                    random_bytes(2, source.choice(sides), source.choice(sides)) // step * step
+                    for step in source.choices([1, 128, 255], k=source.randint(1, 6))
+                ]
+            )
+            for _ in range(2)
+        )
+        both = one + other
+        assert both - one == other
+        assert both - other == one
+        for statistics in (one, both, both + both, both - one, both - both):
+            content = json.loads(json.dumps(statistics._to_dict()))
+            assert ChannelStatistics._from_dict(content, "expected it") == statistics
+
+
 def test_a_difference_that_no_images_have_is_refused() -> None:
     """Without keys the numbers alone say what is no part of the other."""
     flat, half = (torch.zeros(1, 2, 2, dtype=torch.uint8) for _ in range(2))
