@@ -827,6 +827,7 @@ WINOGRAD = {
 DIRECT = {
     "a phase of one tap": Case(3, 32, (7, 3), 2, 1, size=(64, 61)),
     "few terms": Case(3, 32, (5, 5), 2, 2, size=(64, 61)),
+    "few taps": Case(3, 32, (11, 3), 1, 1, size=(64, 61)),
     "one channel": Case(1, 32, (7, 7), 2, 3, size=(64, 61)),
     "dilated": Case(3, 32, (7, 7), 1, 3, 2, size=(32, 31)),
     "a small image": Case(3, 32, (7, 7), 2, 3, size=(16, 16)),
@@ -856,6 +857,7 @@ def is_in_points(case: Case) -> bool:
         dilations[1] == 1
         and case.kernel[1] >= 2 * strides[1]
         and case.kernel[0] * case.channels >= 20
+        and math.prod(case.kernel) * case.channels >= 100
         and positions.numel() >= 128
     )
 

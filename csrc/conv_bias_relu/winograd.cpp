@@ -8,9 +8,10 @@ namespace {
 
 // --- the rule ---
 
-// A rule that accuracy makes: fewer terms, and too little is paid back. And one that time makes:
-// the weights are brought to their points in each call.
+// Rules that accuracy makes: fewer terms, or fewer taps in all, and too little is paid back. And
+// one that time makes: the weights are brought to their points in each call.
 constexpr int64_t kLeastTerms = 20;
+constexpr int64_t kLeastTaps = 100;
 constexpr int64_t kLeastPixels = 128;
 
 // --- points ---
@@ -65,8 +66,9 @@ constexpr int64_t round_up(int64_t value, int64_t multiple) {
 }  // namespace
 
 bool winograd_suits(const ConvBiasReluArgs& args, const Bounds& bounds) {
-  return args.dilation[1] == 1 && args.kernel[1] >= 2 * args.stride[1] &&
-         args.kernel[0] * args.input_sizes[1] >= kLeastTerms &&
+  const int64_t terms = args.kernel[0] * args.input_sizes[1];
+  return args.dilation[1] == 1 && args.kernel[1] >= 2 * args.stride[1] && terms >= kLeastTerms &&
+         terms * args.kernel[1] >= kLeastTaps &&
          args.output_sizes[2] * args.output_sizes[3] >= kLeastPixels && bounds.are_kept();
 }
 

@@ -52,8 +52,8 @@ def conv_bias_relu(
     exact. The same bits for any number of threads; of up to 4 channels also for any batch size and
     layout. Between instruction sets the last bits may differ.
 
-    Bytes under large kernels (``kH * C`` of 20 or more and ``kW`` of twice the stride or more, as
-    in the first layers of ResNet and AlexNet) are summed up on the CPU by Winograd's algorithm
+    Bytes under large kernels (``kH * C`` of 20 or more, ``kH * kW * C`` of 100 or more, and ``kW``
+    of twice the stride or more, as in the first layers of ResNet and AlexNet) are summed up on the CPU by Winograd's algorithm
     along the width, with half the multiplications. The error is then relative to the largest
     magnitudes under 3 neighbouring outputs to each side, not under an output alone, and the last
     bits are not those of normalized floats. A channel that no image can bring above 0 is 0 still.
