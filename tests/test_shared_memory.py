@@ -93,6 +93,45 @@ def test_what_is_still_looked_at_is_left_alone(keeper: str) -> None:
         assert set(values.tolist()) <= set(labels.tolist())
 
 
+VIEWS: dict[str, Callable[[torch.Tensor], np.ndarray]] = {
+    "numpy": lambda images: images.numpy(),
+    "numpy view": lambda images: images.numpy()[1:, :, 3:],
+    "dlpack": np.from_dlpack,
+    "numpy of a slice": lambda images: images[1:].numpy(),
+}
+MOVES: dict[str, Callable[[torch.Tensor], Any]] = {
+    "share_memory_": lambda images: images.share_memory_(),
+    "a queue": lambda images: images.untyped_storage()._share_fd_cpu_(),  # in its put()
+}
+
+
+@pytest.mark.parametrize("move", MOVES)
+@pytest.mark.parametrize("view", VIEWS)
+def test_an_array_outlives_the_move_of_its_tensor(view: str, move: str) -> None:
+    """Sharing a batch puts other memory under it; arrays made before look at the old one."""
+    kept = []
+    for number, (images, _) in enumerate(loader_of(BYTES, 80)):
+        if number % 4 == 0:
+            array = VIEWS[view](images)
+            address = images.data_ptr()
+            MOVES[move](images)
+            assert images.data_ptr() != address
+            kept.append((array, array.copy()))
+        del images
+    for array, before in kept:
+        assert (array == before).all()
+
+
+def test_a_moved_batch_is_given_back() -> None:
+    blocks = 0
+    for images, _, state in loader_of(with_blocks, 200):
+        array = images.numpy()
+        images.share_memory_()
+        blocks = int(state[1])
+        del images, array
+    assert blocks <= 5
+
+
 def test_a_block_that_is_used_too_early_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_shared_memory._Block, "is_free", lambda block: not block.in_use_here)
     batches = list(loader_of(BYTES))

@@ -103,7 +103,10 @@ def _tensor(
     """A tensor on that memory; ``dropped`` is called when nothing looks at it any more."""
     window = _bytes_of(storage)[:nbytes]  # a new object, which the tensor's storage keeps
     weakref.finalize(window, dropped, *arguments).atexit = False
-    whole = torch.from_numpy(window).untyped_storage()
+    whole: Any = torch.from_numpy(window).untyped_storage()
+    # share_memory_() and queues put other memory under the storage, and arrays that look at the
+    # window stay. They keep the tensor, so the storage, and with it what hangs on its object.
+    whole.window = window
     return torch.empty(0, dtype=dtype, device="cpu").set_(whole, 0, shape, strides)
 
 
