@@ -696,6 +696,11 @@ BAD_CALLS: dict[str, tuple[Callable[[], dict[str, Any]], Errors, str]] = {
         TypeError,
         r"expected fill to be a number or one number per channel, got 'black'",
     ),
+    "fill without an order": (
+        lambda: {"fill": {1, 2, 3}},
+        TypeError,
+        r"expected fill to be a number or one number per channel, got \{1, 2, 3\}",
+    ),
     "fill of none": (
         lambda: {"fill": None},
         TypeError,
@@ -776,6 +781,11 @@ BAD_CALLS: dict[str, tuple[Callable[[], dict[str, Any]], Errors, str]] = {
         lambda: {"dtype": torch.float64},
         TypeError,
         r"expected dtype to be torch.float32, float16, bfloat16 or uint8, got torch.float64",
+    ),
+    "list as dtype": (
+        lambda: {"dtype": [1]},
+        TypeError,
+        r"expected dtype to be torch.float32, .*, got \[1\]",
     ),
     "dtype of numpy": (
         lambda: {"dtype": np.uint8},

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import pixfuse
 from pixfuse import Normalization, _library
+from pixfuse.normalization import Rounding
 from tests.processes import python
 
 IMAGES = torch.randint(256, (2, 3, 4, 5), dtype=torch.uint8)
@@ -45,6 +46,15 @@ BAD_NORMALIZATIONS: dict[str, tuple[Any, Any, type[Exception], str]] = {
     "none": (0.5, None, TypeError, r"expected std to be a number or a sequence .*, got None"),
     "nested": ([[0.5]], 0.5, TypeError, r"expected mean to be a number .*, got \[\[0.5\]\]"),
     "words": (0.5, ["a", "b"], TypeError, r"expected std to be a number .*, got \['a', 'b'\]"),
+    "set": (
+        {0.1, 0.2},
+        0.5,
+        TypeError,
+        r"expected mean to be .*, got \{.*; pass a list",
+    ),
+    "frozen set": (0.5, frozenset([1.0]), TypeError, r"expected std to be .*, got frozenset.*list"),
+    "mapping": ({0.1: "red", 0.2: "green"}, 0.5, TypeError, r"expected mean to be .*; pass a list"),
+    "keys": ({0.1: 0, 0.2: 0}.keys(), 0.5, TypeError, r"expected mean to be .*; pass a list"),
     "complex": (0.5j, 0.5, TypeError, r"expected mean to be a number .*, got 0.5j"),
     "empty": ([], 0.5, ValueError, r"expected mean to have at least 1 value, got none"),
     "lengths": (
@@ -120,6 +130,25 @@ def test_rounding() -> None:
         TypeError, match=r"^Normalization: expected rounding to be a str\w*, got int"
     ):
         Normalization(0, 1, 4)  # type: ignore[arg-type]
+
+
+# The real results are below the largest float32, 3.4028235e38; their roundings are not.
+BEYOND_FLOAT32 = (0.0676483282116509, 2.7399356931288797e-39)
+
+
+@pytest.mark.parametrize("rounding", ["torchvision", "torchvision_v1", "transformers"])
+def test_results_that_only_the_rounding_makes_infinite(rounding: Rounding) -> None:
+    mean, std = BEYOND_FLOAT32
+    assert (1 - mean) / std < torch.finfo(torch.float32).max
+    with pytest.raises(ValueError, match=r"^Normalization: expected .* fit float32.* 3\.4e\+38"):
+        Normalization(mean, std, rounding)
+    assert Normalization(mean, 1.001 * std, rounding).largest > 3.39e38
+
+
+def test_a_normalization_keeps_the_order_of_what_has_one() -> None:
+    values = {"red": 0.4, "green": 0.3, "blue": 0.2}
+    for mean in (values.values(), iter(values.values()), np.array([0.4, 0.3, 0.2])):
+        assert Normalization(mean, 1.0).mean == (0.4, 0.3, 0.2)
 
 
 def test_a_normalization_is_a_value() -> None:
@@ -266,6 +295,16 @@ BAD_CALLS: dict[str, tuple[Callable[[], dict[str, Any]], Errors, str]] = {
         lambda: {"dtype": torch.float64},
         TypeError,
         r"expected dtype to be torch.float32, float16 or bfloat16, got torch.float64",
+    ),
+    "list as dtype": (
+        lambda: {"dtype": [torch.float32]},
+        TypeError,
+        r"expected dtype to be torch.float32, float16 or bfloat16, got \[torch.float32\]",
+    ),
+    "list as memory format": (
+        lambda: {"memory_format": [1]},
+        ValueError,
+        r"expected memory_format to be torch.contiguous_format, .* got \[1\]",
     ),
     "uint8 result": (
         lambda: {"dtype": torch.uint8},
@@ -421,6 +460,30 @@ def test_memory_that_was_freed(name: str, call: Callable[[torch.Tensor], Any], s
     if side > 8:
         with pytest.raises(ValueError, match=f"{message}100; "):
             call(freed(tensor.new_zeros(tensor.shape), left=100))
+
+
+OF_INFERENCE: dict[str, Callable[[torch.Tensor], Any]] = {
+    "normalize": lambda out: pixfuse.normalize(IMAGES, out=out),
+    "normalize, one image": lambda out: pixfuse.normalize(IMAGES[0], out=out[0]),
+    "crop_mirror_normalize": lambda out: pixfuse.crop_mirror_normalize(IMAGES, out=out),
+    "standardize_per_image": lambda out: pixfuse.standardize_per_image(IMAGES, out=out),
+    "denormalize": lambda out: pixfuse.denormalize(IMAGES.float(), pixfuse.UNIT, out=out),
+}
+
+
+@pytest.mark.parametrize("call", OF_INFERENCE)
+def test_out_of_inference_mode_is_for_inference_mode(call: str) -> None:
+    with torch.inference_mode():
+        dtype = torch.uint8 if call == "denormalize" else torch.float32
+        out = torch.full((2, 3, 4, 5), 7, dtype=dtype)
+    with pytest.raises(RuntimeError, match="Inplace update to inference tensor"):
+        torch.add(torch.zeros_like(out), 7, out=out)  # torch's own, after it has written
+    message = rf"^{call.partition(',')[0]}: expected out to be an ordinary tensor, .*; write to it"
+    with pytest.raises(RuntimeError, match=message):
+        OF_INFERENCE[call](out)
+    assert bool((out == 7).all())
+    with torch.inference_mode():
+        OF_INFERENCE[call](out)
 
 
 def test_positional_options_are_refused() -> None:

@@ -247,6 +247,12 @@ def test_every_public_function_is_listed() -> None:
     assert callables == {name for name in PUBLIC_FUNCTIONS if "." not in name}
 
 
+@pytest.mark.parametrize("name", ["reference", "transforms"])
+def test_a_public_module_says_what_is_public(name: str) -> None:
+    listed = {other for other in PUBLIC_FUNCTIONS if other.startswith(f"{name}.")}
+    assert {f"{name}.{other}" for other in getattr(pixfuse, name).__all__} == listed
+
+
 @pytest.mark.parametrize("name", PUBLIC_FUNCTIONS)
 def test_docstrings(name: str) -> None:
     function = PUBLIC_FUNCTIONS[name]

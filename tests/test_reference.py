@@ -31,6 +31,14 @@ NORMALIZATIONS = [
 ]
 
 
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_the_largest_result_is_that_of_the_arithmetic(rounding: Rounding) -> None:
+    for normalization in NORMALIZATIONS:
+        same = with_rounding(normalization, rounding)
+        values = pixfuse.reference.normalize(all_values(len(same.mean)), same)
+        assert same.largest == float(values.abs().max())
+
+
 def per_channel(values: tuple[float, ...]) -> torch.Tensor:
     return torch.tensor(values).view(-1, 1, 1)
 

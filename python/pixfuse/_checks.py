@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import numpy as np
@@ -77,9 +78,14 @@ def check_choice(function: str, argument: str, value: object, choices: dict[Any,
     return code
 
 
+def code_of(value: Any, codes: Mapping[Any, int]) -> int | None:
+    """Its number; None of what has none, also of what cannot be a key, as a list."""
+    return codes.get(value) if isinstance(value, Hashable) else None
+
+
 def check_dtype(function: str, dtype: torch.dtype) -> int:
     """The number of a dtype that results of floats can have."""
-    code = DTYPE_CODES.get(dtype)
+    code = code_of(dtype, DTYPE_CODES)
     if code is None:
         raise TypeError(
             f"{function}: expected dtype to be torch.float32, float16 or bfloat16, got {dtype}"
@@ -89,7 +95,7 @@ def check_dtype(function: str, dtype: torch.dtype) -> int:
 
 def check_memory_format(function: str, memory_format: torch.memory_format) -> int:
     """The number of a memory format, ``torch.preserve_format`` among them."""
-    code = MEMORY_FORMAT_CODES.get(memory_format)
+    code = code_of(memory_format, MEMORY_FORMAT_CODES)
     if code is None:
         raise ValueError(
             f"{function}: expected memory_format to be torch.contiguous_format, channels_last or "
@@ -161,6 +167,16 @@ def check_images(function: str, images: object, input_layout: str) -> tuple[torc
     return tensor, layout_code
 
 
+def check_inference(function: str, out: object) -> None:
+    """An ``out`` that may be written now: as torch, which raises a RuntimeError too."""
+    is_inference = isinstance(out, torch.Tensor) and out.is_inference()
+    if is_inference and not torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"{function}: expected out to be an ordinary tensor, got one that was made in "
+            "torch.inference_mode; write to it there, or pass out.clone()"
+        )
+
+
 def check_out(
     function: str,
     out: torch.Tensor,
@@ -193,6 +209,8 @@ def check_out(
             f"{function}: expected out not to require a gradient, got requires_grad=True; pass "
             "out.detach()"
         )
+    if not torch.compiler.is_compiling():
+        check_inference(function, out)
 
 
 def check_strides(

@@ -14,10 +14,12 @@ from pixfuse._checks import (
     check_dtype,
     check_float_out,
     check_images,
+    check_inference,
     check_is_normalization,
     check_memory_format,
     check_out,
     check_strides,
+    code_of,
     raise_too_large,
     share_memory,
 )
@@ -29,7 +31,7 @@ from pixfuse._library import (
     dense_strides,
 )
 from pixfuse._placement import placements_of, resolve_channels, resolve_size
-from pixfuse.normalization import UNIT, Normalization
+from pixfuse.normalization import UNIT, Normalization, is_unordered
 
 # The addresses of float32 elements are to fit 64 bits.
 _MOST_ELEMENTS = 2**61 - 1
@@ -73,6 +75,7 @@ def normalize(
         TypeError: a wrong type or dtype.
         ValueError: a wrong shape, layout, channel count, memory format or range, or an ``out``
             that does not fit.
+        RuntimeError: an ``out`` made in ``torch.inference_mode``, outside of it.
         NotImplementedError: a device or tensor layout that has no kernel.
 
     Equivalent to::
@@ -85,6 +88,8 @@ def normalize(
         torchvision ``transforms.v2``; the table of roundings in :class:`pixfuse.Normalization`.
     """
     if not torch.compiler.is_compiling():
+        if out is not None:
+            check_inference("normalize", out)
         result = normalize_small(images, normalization, input_layout, dtype, memory_format, out)
         if result is not None:
             return result
@@ -224,6 +229,7 @@ def crop_mirror_normalize(
             window that leaves its image, or an ``out`` that does not fit. What is wrong with one
             image names it as ``images[i]``.
         OSError: a file that Pillow cannot read to its end.
+        RuntimeError: an ``out`` made in ``torch.inference_mode``, outside of it.
         NotImplementedError: a device or tensor layout that has no kernel.
 
     Equivalent to::
@@ -254,7 +260,7 @@ def crop_mirror_normalize(
     placements = placements_of(
         source, (height, width), anchor, top, left, mirror, flip, out_of_bounds
     )
-    code = ELEMENT_CODES.get(dtype)
+    code = code_of(dtype, ELEMENT_CODES)
     if code is None:
         raise TypeError(
             "crop_mirror_normalize: expected dtype to be torch.float32, float16, bfloat16 or "
@@ -353,7 +359,7 @@ def _fill_values(fill: Any, space: str, channels: int, dtype: torch.dtype) -> tu
         values: tuple[float, ...] = (float(fill),)
     else:
         try:
-            if isinstance(fill, (str, bytes)):
+            if isinstance(fill, (str, bytes)) or is_unordered(fill):
                 raise TypeError
             scalar = getattr(fill, "ndim", 1) == 0
             values = (float(fill),) if scalar else tuple(float(v) for v in fill)

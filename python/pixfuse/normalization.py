@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import struct
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Final, Literal, SupportsFloat, get_args
 
 Rounding = Literal["torchvision", "torchvision_v1", "timm", "transformers", "nearest"]
@@ -24,6 +25,11 @@ def float32(value: float) -> float:
     return rounded
 
 
+def is_unordered(value: object) -> bool:
+    """Whether its items cannot say which channel they are for: a set, a mapping or its keys."""
+    return isinstance(value, (Set, Mapping))
+
+
 def _numbers(argument: str, value: object) -> tuple[float, ...]:
     """One number, or one per channel, as a tuple of floats."""
     problem = (
@@ -32,6 +38,8 @@ def _numbers(argument: str, value: object) -> tuple[float, ...]:
     )
     if isinstance(value, (str, bytes)):
         raise TypeError(problem)
+    if is_unordered(value):
+        raise TypeError(f"{problem}; pass a list or tuple, which says which channel is the first")
     try:
         if isinstance(value, Iterable) and getattr(value, "ndim", 1) != 0:
             numbers = tuple(float(v) for v in value)
@@ -77,7 +85,8 @@ class Normalization:
             are in units of 0 to 255. They are taken as they are.
 
     Raises:
-        TypeError: ``mean`` or ``std`` is not made of numbers, ``rounding`` is not a string.
+        TypeError: ``mean`` or ``std`` is not made of numbers, or has no order (sets, mappings);
+            ``rounding`` is not a string.
         ValueError: a value is out of range, the lengths differ, the rounding is unknown, or some
             result would not fit float32.
 
@@ -91,7 +100,7 @@ class Normalization:
     rounding: Rounding = "torchvision"
     #: Number of the rounding in the operators' schemas.
     rounding_code: int = field(init=False, repr=False, compare=False)
-    #: The largest magnitude of a result, infinities excluded by the checks.
+    #: The largest magnitude of a result, as the rounding gives it in float32; finite.
     largest: float = field(init=False, repr=False, compare=False)
 
     def __init__(
@@ -120,11 +129,17 @@ class Normalization:
                 f"Normalization: expected rounding to be one of {', '.join(ROUNDING_CODES)}, "
                 f"got {rounding!r}"
             )
-        largest = max(max(abs(0.0 - m), abs(1.0 - m)) / s for m, s in zip(means, stds, strict=True))
-        if math.isinf(float32(largest)):
+        # Both ends of a range give the largest magnitude: no step of the arithmetic swaps values.
+        largest = max(
+            abs(_result(x, m, s, rounding))
+            for m, s in zip(means, stds, strict=True)
+            for x in (0.0, 255.0)
+        )
+        if math.isinf(largest):
+            real = max(max(abs(m), abs(1.0 - m)) / s for m, s in zip(means, stds, strict=True))
             raise ValueError(
                 "Normalization: expected mean and std whose results fit float32, got results up to "
-                f"{largest:.3g} from mean={means} and std={stds}; use a larger std"
+                f"{real:.3g} from mean={means} and std={stds}; use a larger std"
             )
         _warn_of_bytes(means, stds)
         object.__setattr__(self, "mean", means)
@@ -132,6 +147,24 @@ class Normalization:
         object.__setattr__(self, "rounding", rounding)
         object.__setattr__(self, "rounding_code", ROUNDING_CODES[rounding])
         object.__setattr__(self, "largest", largest)
+
+
+def _result(x: float, mean: float, std: float, rounding: Rounding) -> float:
+    """What a byte becomes in float32: each step in float64, which is exact enough, and rounded."""
+    m, s = float32(mean), float32(std)
+    match rounding:
+        case "torchvision":
+            return float32(float32(float32(x * float32(1 / 255)) - m) / s)
+        case "torchvision_v1":
+            return float32(float32(float32(x / 255) - m) / s)
+        case "timm":
+            return float32(float32(x - float32(255 * mean)) / float32(255 * std))
+        case "transformers":
+            return float32(float32(x - float32(m * 255)) / float32(s * 255))
+        case "nearest":
+            center = 255 * Fraction(mean)
+            high = float(center)
+            return float32(((x - high) - float(center - Fraction(high))) * (1 / (255 * std)))
 
 
 def _warn_of_bytes(means: tuple[float, ...], stds: tuple[float, ...]) -> None:
@@ -151,14 +184,14 @@ def _check_values(means: tuple[float, ...], stds: tuple[float, ...]) -> None:
     for m in means:
         if not math.isfinite(m):
             raise ValueError(f"Normalization: expected mean to be finite, got {m} in {means}")
-        if math.isinf(float32(255.0 * m)):
+        if math.isinf(float32(255.0 * max(abs(m), abs(float32(m))))):
             raise ValueError(f"Normalization: expected 255 * mean to fit float32, got mean {m}")
     for s in stds:
         if not math.isfinite(s):
             raise ValueError(f"Normalization: expected std to be finite, got {s} in {stds}")
         if s <= 0.0:
             raise ValueError(f"Normalization: expected std to be above 0, got {s} in {stds}")
-        if float32(s) == 0.0 or math.isinf(float32(255.0 * s)):
+        if float32(s) == 0.0 or math.isinf(float32(255.0 * max(s, float32(s)))):
             raise ValueError(
                 "Normalization: expected std to stay above 0 and finite when rounded to float32 "
                 f"(about 1e-45 to 1e36), got {s}"

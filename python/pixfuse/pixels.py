@@ -189,6 +189,7 @@ def denormalize(
     Raises:
         TypeError: a wrong type or dtype.
         ValueError: a wrong shape, layout or channel count, or an ``out`` that does not fit.
+        RuntimeError: an ``out`` made in ``torch.inference_mode``, outside of it.
         NotImplementedError: a device or tensor layout that has no kernel.
 
     Equivalent to::
@@ -288,6 +289,7 @@ def standardize_per_image(
     Raises:
         TypeError: a wrong type or dtype.
         ValueError: a wrong shape, layout, floor or memory format, or an ``out`` that does not fit.
+        RuntimeError: an ``out`` made in ``torch.inference_mode``, outside of it.
         NotImplementedError: a device or tensor layout that has no kernel.
 
     Equivalent to::

@@ -18,6 +18,17 @@ from pixfuse._library import LAYOUT_CODES, dense_strides, resolve_channels_last,
 from pixfuse.activity import UnitActivity
 from pixfuse.normalization import UNIT, Normalization
 
+__all__ = [
+    "certified_dead",
+    "channel_histogram",
+    "conv_bias_relu",
+    "crop_mirror_normalize",
+    "denormalize",
+    "image_moments",
+    "normalize",
+    "standardize_per_image",
+]
+
 
 def normalize(
     images: torch.Tensor | np.ndarray,

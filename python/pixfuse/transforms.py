@@ -10,12 +10,14 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from pixfuse._checks import LARGEST, check_is_normalization, raise_too_large
+from pixfuse._checks import LARGEST, check_is_normalization, code_of, raise_too_large
 from pixfuse._convert import convert
 from pixfuse._image_input import read_image
 from pixfuse._library import DTYPE_CODES
 from pixfuse.functional import crop_mirror_normalize
 from pixfuse.normalization import UNIT, Normalization, PerImageStandardization
+
+__all__ = ["ToNormalized"]
 
 #: The Pillow modes in which torchvision's channels are the image's own.
 _PILLOW_MODES = ("1", "L", "RGB", "RGBA")
@@ -75,7 +77,7 @@ class ToNormalized(nn.Module):
         super().__init__()
         if not isinstance(normalization, PerImageStandardization):
             check_is_normalization("ToNormalized", normalization)
-        if dtype not in DTYPE_CODES:
+        if code_of(dtype, DTYPE_CODES) is None:
             raise TypeError(
                 "ToNormalized: expected dtype to be torch.float32, float16 or bfloat16, got "
                 f"{dtype!r}"
