@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import pixfuse
 from pixfuse import loader as loader_module
+from pixfuse._convert import convert
 from tests import gpu_model
 from tests.bits import assert_same_bits
 from tests.images import random_bytes
@@ -333,7 +334,9 @@ def test_an_error_of_a_batch_comes_in_its_turn(place: torch.device, prefetch: in
     iterator = iter(pixfuse.DeviceLoader(batches, place, pixfuse.IMAGENET, prefetch=prefetch))
     next(iterator)
     next(iterator)
-    with pytest.raises(ValueError, match=r"normalize: expected images of 3 channels.* got 4") as e:
+    with pytest.raises(
+        ValueError, match=r"^DeviceLoader: expected images of 3 channels.* got 4"
+    ) as e:
         next(iterator)
     frames = [frame.name for frame in traceback.extract_tb(e.value.__traceback__)]
     assert "_check_normalization" in frames
@@ -515,6 +518,42 @@ def test_two_at_once(place: torch.device) -> None:
     assert_same([second for _, second in together], batches)
 
 
+@pytest.mark.parametrize("prefetch", [0, 1, 2])
+def test_threads_that_share_an_iterator(prefetch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = [torch.full((1, 3, 4, 4), number, dtype=torch.uint8) for number in range(40)]
+    waiting = threading.Semaphore(0)
+    last = threading.Event()
+
+    def slow_at_the_end(images: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        if images.numel() > 0 and int(images.max()) == 39:
+            last.wait()  # until several threads wait for the last batch
+        return convert(images, *arguments, **options)
+
+    monkeypatch.setattr(loader_module, "convert", slow_at_the_end)
+    iterator = iter(pixfuse.DeviceLoader((b for b in batches), "cpu", prefetch=prefetch))
+    found: list[int] = []
+    ends: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            while True:
+                waiting.release()
+                found.append(round(255 * float(next(iterator).max())))
+        except BaseException as end:
+            ends.append(end)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for _ in range(39 + len(threads)):  # the calls that do not come back yet are the last four
+        waiting.acquire()
+    last.set()
+    for thread in threads:
+        thread.join()
+    assert sorted(found) == list(range(40))
+    assert [type(end) for end in ends] == [StopIteration] * 4
+
+
 def test_iterations_in_many_threads() -> None:
     batches = batches_of(20)
     loader = pixfuse.DeviceLoader(batches, "cpu", pixfuse.IMAGENET)
@@ -609,7 +648,7 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "normalization": (
         lambda: pixfuse.DeviceLoader([], "cpu", 0.5),  # type: ignore[arg-type]
         TypeError,
-        r"expected normalization to be a pixfuse.Normalization",
+        r"^DeviceLoader: expected normalization to be a pixfuse.Normalization, got float; use",
     ),
     "layout": (
         lambda: pixfuse.DeviceLoader([], "cpu", input_layout="HWC"),  # type: ignore[arg-type]
@@ -657,8 +696,9 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
 @pytest.mark.parametrize("case", ERRORS)
 def test_errors(case: str) -> None:
     call, kind, message = ERRORS[case]
-    with pytest.raises(kind, match=message):
+    with pytest.raises(kind, match=message) as caught:
         call()
+    assert str(caught.value).startswith("DeviceLoader: expected ")
 
 
 PER_IMAGE = pixfuse.PerImageStandardization(per_channel=True, floor=3)

@@ -595,13 +595,34 @@ def test_no_arguments() -> None:
         ToNormalized()()
 
 
-@pytest.mark.parametrize("kind", ["L", "array", "tensor"])
-def test_channels_that_do_not_fit(kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "hint"),
+    [
+        ("L", "; convert the image to 3 channels before"),
+        ("array", "; convert the image to 3 channels before"),
+        ("tensor", r" channels in NCHW shape \(1, 16, 16\)"),
+    ],
+)
+def test_channels_that_do_not_fit(kind: str, hint: str) -> None:
     """Here torchvision makes three channels of one."""
     image = pillow("L") if kind == "L" else INPUTS[kind](1)
     assert v2.Compose(v2_tail(pixfuse.IMAGENET))(image).shape == (3, 16, 16)
-    with pytest.raises(ValueError, match=r"3 channels"):
+    message = r"^ToNormalized: expected images of 3 channels, as mean and std have 3 values, got 1"
+    with pytest.raises(ValueError, match=rf"{message}{hint}$"):
         ToNormalized(pixfuse.IMAGENET)(image)
+
+
+def test_errors_name_no_argument_that_there_is_not() -> None:
+    with pytest.raises(
+        ValueError,
+        match=r"^ToNormalized: .* got 4 channels in NCHW shape \(4, 5, 3\); a tensor has its "
+        r"channels first: pass image.movedim\(-1, -3\)$",
+    ):
+        ToNormalized(pixfuse.IMAGENET)(random_bytes(4, 5, 3))
+    with pytest.raises(ValueError, match=r"^ToNormalized: expected images of 3 channels, .* got 2"):
+        ToNormalized(pixfuse.IMAGENET)(np.zeros((4, 5, 2), np.uint8))
+    with pytest.raises(OSError, match=r"^ToNormalized: expected the image to be .*truncated"):
+        ToNormalized()(truncated())
 
 
 def test_truncated_file() -> None:

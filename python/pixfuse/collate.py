@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data._utils.collate import collate, default_collate_fn_map
 
-from pixfuse._convert import convert
+from pixfuse._convert import convert, speak_as
 from pixfuse._image_input import Images, read_images
 from pixfuse._placement import resolve_channels, resolve_size
 from pixfuse._shared_memory import shared_output
@@ -213,21 +213,18 @@ class Collate:
         return result if mask is None else (result, mask)
 
 
-_OTHERS = ("crop_mirror_normalize: ", "standardize_per_image: ")
-
-
 @contextmanager
 def _speaking_as_collate() -> Iterator[None]:
     """Errors of what works for it in the words of Collate, which has samples, not images."""
     try:
         yield
     except Exception as error:
-        message = error.args[0] if len(error.args) == 1 else None
-        if isinstance(message, str) and message.startswith(_OTHERS):
-            said = message.partition(": ")[2]
-            said = re.sub(r"\bimages\[(\d+)\]", r"the image of sample \1", said)
-            error.args = (f"Collate: {said}",)
+        speak_as("Collate", error, _of_samples)
         raise
+
+
+def _of_samples(said: str) -> str:
+    return re.sub(r"\bimages\[(\d+)\]", r"the image of sample \1", said)
 
 
 def _check_fill_of_pixels(fill: Any, fill_space: str) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from pixfuse._checks import tensor_of_images
-from pixfuse._convert import convert
+from pixfuse._convert import convert, speak_as
 from pixfuse._library import (
     CUDA_LOADED,
     CUDA_STATE,
@@ -62,8 +62,10 @@ class DeviceLoader:
 
     Breaking out of a loop, or dropping or closing (``close()``) its iterator, ends the thread and
     lets go of the loader's own iterator. Every ``iter()`` starts afresh; several may run at once
-    if the loader's may. ``len()`` and all other attributes (``dataset``, ``batch_size``,
-    ``sampler``, ``set_epoch`` …) are the loader's own, and it can be pickled if the loader can.
+    if the loader's may. Threads that share an iterator take turns, and each batch comes once.
+    ``len()`` is the loader's, and so is every other attribute that is read (``dataset``,
+    ``batch_size``, ``sampler``, ``set_epoch`` …); one that is set is set here, and the loader does
+    not see it: set it on ``.loader``. It can be pickled if the loader can.
 
     Args:
         loader: any iterable of batches: a ``DataLoader``, a list, a generator (for one iteration).
@@ -141,7 +143,7 @@ class DeviceLoader:
         channels = len(getattr(normalization, "mean", (0,)))
         shape = (0, channels, 1, 1) if input_layout != "NHWC" else (0, 1, 1, channels)
         nothing = torch.empty(shape, dtype=torch.uint8, device="cpu")
-        convert(nothing, normalization, **self._options())
+        _convert_images(nothing, normalization, **self._options())
 
     def _options(self) -> dict[str, Any]:
         return {
@@ -260,6 +262,15 @@ def is_image_batch(value: object) -> bool:
 # --- from the loader to the consumer ---
 
 
+def _convert_images(images: Any, normalization: Any, **options: Any) -> torch.Tensor:
+    """In the words of DeviceLoader, should that be an error."""
+    try:
+        return convert(images, normalization, **options)
+    except Exception as error:
+        speak_as("DeviceLoader", error)
+        raise
+
+
 class _CpuLine:
     """What becomes of a batch on the CPU."""
 
@@ -288,7 +299,7 @@ class _CpuLine:
 
     def _convert(self, value: Any) -> Any:
         if is_image_batch(value) and not _on_cuda(value):
-            return convert(value, self.normalization, **self.options)
+            return _convert_images(value, self.normalization, **self.options)
         if isinstance(value, torch.Tensor) or callable(getattr(value, "to", None)):
             moved = value.to(self.device)
             return self._convert(moved) if is_image_batch(moved) else moved
@@ -323,6 +334,9 @@ class _BatchIterator:
         self._prefetch = prefetch
         self._pending: deque[Future[Any]] = deque()
         self._failing = False
+        # Threads that share an iterator take turns: two that wait for the same batch would take one
+        # more than there is, and most loaders may be called by one at a time only.
+        self._turn = threading.RLock()
         self._thread: ThreadPoolExecutor | None = None
         self._thread_ids: list[int] = []
         if prefetch > 0:
@@ -335,6 +349,10 @@ class _BatchIterator:
         return self
 
     def __next__(self) -> Any:
+        with self._turn:
+            return self._next()
+
+    def _next(self) -> Any:
         while self._batches is not None and not self._failing and self._has_room():
             self._pull(self._batches)
         if not self._pending:
@@ -571,7 +589,7 @@ class _CudaLine:
 
     def _normalize(self, images: torch.Tensor, result: torch.Tensor, memory_format: Any) -> None:
         options = {**self.options, "memory_format": memory_format}
-        convert(images, self.normalization, out=result, **options)
+        _convert_images(images, self.normalization, out=result, **options)
 
     def _normalize_pinned(self, source: torch.Tensor, memory_format: Any) -> torch.Tensor:
         normalization = self.normalization

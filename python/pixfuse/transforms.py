@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from pixfuse._checks import LARGEST, check_is_normalization, code_of, raise_too_large
-from pixfuse._convert import convert
+from pixfuse._convert import convert, speak_as
 from pixfuse._image_input import read_image
 from pixfuse._library import DTYPE_CODES
 from pixfuse.functional import crop_mirror_normalize
@@ -99,8 +100,12 @@ class ToNormalized(nn.Module):
                 "ToNormalized: expected a sample with a Pillow image, a numpy array or a tensor, "
                 f"got {found}"
             )
-        for index in chosen:
-            leaves[index] = self._normalized(leaves[index])
+        try:
+            for index in chosen:
+                leaves[index] = self._normalized(leaves[index])
+        except Exception as error:
+            speak_as("ToNormalized", error, _of_one_image)
+            raise
         return tree_unflatten(leaves, structure)
 
     def extra_repr(self) -> str:
@@ -137,6 +142,14 @@ class ToNormalized(nn.Module):
         if wrapped:
             result = sys.modules["torchvision.tv_tensors"].wrap(result, like=image)
         return result
+
+
+def _of_one_image(said: str) -> str:
+    """The words of ToNormalized, which has one image, and neither channels= nor input_layout=."""
+    said = said.replace("images[0]", "the image")
+    said = re.sub(r"; pass channels=(\d+)$", r"; convert the image to \1 channels before", said)
+    hint = "; a tensor has its channels first: pass image.movedim(-1, -3)"
+    return re.sub(r'; the shape fits input_layout="NHWC"$', hint, said)
 
 
 def _images_among(leaves: list[Any]) -> list[int]:
