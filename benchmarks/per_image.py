@@ -38,13 +38,14 @@ by a bit.
 |---|--:|---|--:|---|
 """
 ENDING = f"""
-`floor="tensorflow"` is `1 / sqrt(n)` of `n` values: next to only images of a single color stay
-below it. All pictures of results share one scale, -3 to 3. The patches are {SIDE}x{SIDE} pixels of
-scikit-learn's photograph of a temple.
+`floor="tensorflow"` is `1 / sqrt(n)` for an image of `n` values. That is so small that in practice
+only images of a single color have a std below it: noise is blown up all the same. All pictures of
+results share one scale, -3 to 3. The patches are {SIDE}x{SIDE} pixels of scikit-learn's photograph of a
+temple.
 
-The mean and std are those of the image as the model gets it: in `Collate` of the crop, after the
-mirror, and with the fill of `out_of_bounds="pad"` among its pixels, since the padding is part of
-what the model sees. Who wants the statistics of the image alone crops without padding.
+The mean and std are those of the image as the model gets it. In `Collate` they are taken of the
+crop, after mirroring; with `out_of_bounds="pad"` the padding counts too, since the model sees it.
+To count the pixels of the photograph alone, choose crops that need no padding.
 
 Made by `python -m benchmarks.per_image`.
 """

@@ -133,12 +133,46 @@ def test_results_of_another_machine_stand_beside(tmp_path: Path) -> None:
         text.write_text(f"{plot.START}\n{plot.END}\n")
     readme, details = map(str, texts)
     assert plot.main(["--results", str(tmp_path), "--readme", readme, "--details", details]) == 0
-    missed = "; ".join(item["claim"] for item in content["claims"] if item["met"] is False)
+    missed = "; ".join(plot.in_full(item) for item in content["claims"] if item["met"] is False)
     met = sum(1 for item in content["claims"] if item["met"])
-    assert (
-        f"On abacus, {content['pixfuse']['isa']}: {met}; missed: {missed}." in texts[0].read_text()
-    )
+    where = f"abacus ({content['pixfuse']['isa']})"
+    expected = f"On {where} {met} of {len(content['claims'])}; missed there: {missed}."
+    assert expected in texts[0].read_text()
     assert texts[1].read_text().count("| 0.125 |") == 2
+
+
+@pytest.mark.parametrize(
+    ("claim", "value", "target", "shown"),
+    [
+        (
+            "points of 800 where a peer is faster by more than 5 %",
+            3.0,
+            "<= 0",
+            "how many of 800 combinations of shape, layout, dtype and threads a peer does faster "
+            "by more than 5 % (3, target <= 0)",
+        ),
+        (
+            "memory, 1 workers: images per second of uint8 batches and DeviceLoader over float "
+            "batches",
+            0.7539,
+            ">= 1",
+            "images held in memory, 1 worker: images per second with uint8 batches and "
+            "DeviceLoader over those with float batches (0.754, target >= 1)",
+        ),
+        ("speedup over DALI", 2.0, ">= 3", "speedup over DALI (2, target >= 3)"),
+    ],
+)
+def test_a_missed_claim_can_be_understood_on_its_own(
+    claim: str, value: float, target: str, shown: str
+) -> None:
+    assert plot.in_full(report.claim(claim, value, target)) == shown
+
+
+def test_the_readme_says_what_a_share_above_all_of_the_peak_is() -> None:
+    content = json.loads((harness.RESULTS / "conv_bias_relu_cpu.json").read_text())
+    lines = plot.convolution_tables(content)
+    assert any("321 %" in line for line in lines)
+    assert "counts the multiplications of the direct sum" in lines[-1]
 
 
 PIXELS_PLAN = harness.Plan(rounds=1, sample_seconds=1e-4, least_rounds=1)
