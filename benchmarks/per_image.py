@@ -40,8 +40,8 @@ by a bit.
 ENDING = f"""
 `floor="tensorflow"` is `1 / sqrt(n)` for an image of `n` values. That is so small that in practice
 only images of a single color have a std below it: noise is blown up all the same. All pictures of
-results share one scale, -3 to 3. The patches are {SIDE}x{SIDE} pixels of scikit-learn's photograph of a
-temple.
+results share one scale, -3 to 3. The patches are {SIDE}x{SIDE} pixels of scikit-learn's
+photograph of a temple.
 
 The mean and std are those of the image as the model gets it. In `Collate` they are taken of the
 crop, after mirroring; with `out_of_bounds="pad"` the padding counts too, since the model sees it.

@@ -269,6 +269,20 @@ def test_docstrings(name: str) -> None:
     assert "Raises:\n" in text
 
 
+def test_the_readme_says_what_the_build_needs() -> None:
+    """For a build without isolation, where pip installs none of it."""
+    root = Path(__file__).parent.parent
+    settings = (root / "pyproject.toml").read_text()
+    required = re.search(r"^requires = \[(.*)\]$", settings, re.MULTILINE)
+    cmake = re.search(r'^cmake.version = "(.*)"$', settings, re.MULTILINE)
+    assert required
+    assert cmake
+    needed = {*re.findall(r'"(.*?)"', required[1]), f"cmake{cmake[1]}", "ninja"}
+    line = re.search(r"^pip install (.*?)  +#", (root / "README.md").read_text(), re.MULTILINE)
+    assert line
+    assert set(line[1].replace("'", "").split()) == needed
+
+
 def test_every_preset_is_documented() -> None:
     source = (PACKAGE / "normalization.py").read_text()
     presets = [n for n, v in vars(pixfuse).items() if isinstance(v, pixfuse.Normalization)]

@@ -167,6 +167,13 @@ def test_out_counts_as_written() -> None:
         pixfuse.normalize(random_bytes(3, 8, 8), out=inference)
 
 
+def test_only_outputs_above_the_limit_can_be_resized() -> None:
+    """As the README's limits say."""
+    with pytest.raises(RuntimeError, match="not resizable"):
+        pixfuse.normalize(random_bytes(2, 128, 128)).resize_(2**16)  # 32,768 elements
+    pixfuse.normalize(random_bytes(1, 181, 182)).resize_(2**16)
+
+
 def test_many_threads() -> None:
     images = [random_bytes(3, 16, 16) for _ in range(8)]
     wanted = [pixfuse.reference.normalize(image, pixfuse.CLIP) for image in images]

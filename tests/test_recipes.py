@@ -107,16 +107,8 @@ def test_recipe(recipe: str) -> None:
 
 @pytest.mark.usefixtures("in_folder")
 def test_the_readme() -> None:
-    """Its examples, in order, with what they leave out."""
-    folder = import_torchvision("torchvision.datasets").ImageFolder("photos")
-    names: dict[str, Any] = {
-        "__name__": "readme",
-        "Image": Image,
-        "paths": [path for path, _ in folder.samples],
-        "dataset": folder,
-        "mean": pixfuse.IMAGENET.mean,
-        "std": pixfuse.IMAGENET.std,
-    }
+    """Its first examples, in order."""
+    names: dict[str, Any] = {"__name__": "readme"}
     first, equivalent, lists = sections(README.read_text())["Use"]
     exec(compile(first, str(README), "exec"), names)
     assert names["x"].is_contiguous(memory_format=torch.channels_last)
@@ -128,10 +120,25 @@ def test_the_readme() -> None:
     assert torch.equal(names["x"], expected)  # of the DeviceLoader: one batch is all there is
 
 
+@pytest.mark.usefixtures("in_folder")
+def test_the_readme_is_one_program_that_needs_nothing_but_photos(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each name in it is one that it has given before."""
+    import_torchvision("torchvision.models")
+    (tmp_path / "photos").symlink_to(Path("photos").resolve())
+    monkeypatch.chdir(tmp_path)
+    page = README.read_text().replace("(64, 224, 224, 3)", "(4, 64, 64, 3)")
+    names: dict[str, Any] = {"__name__": "readme"}
+    blocks = [block for several in sections(page).values() for block in several]
+    assert len(blocks) == README.read_text().count("```python")
+    for block in blocks:
+        exec(compile(block, str(README), "exec"), names)
+
+
 def test_the_readme_on_statistics() -> None:
     images = torch.randint(256, (6, 32, 32, 3), dtype=torch.uint8)
-    keys = [f"{n}.jpg" for n in range(6)]
-    names: dict[str, Any] = {"pixfuse": pixfuse, "images": images, "names": keys}
+    names: dict[str, Any] = {"pixfuse": pixfuse, "images": images}
     block = sections(README.read_text())["Statistics, and back to pixels"][0]
     exec(compile(block, str(README), "exec"), names)
     assert torch.equal(names["pixels"], images)
@@ -142,37 +149,43 @@ def test_the_readme_on_statistics() -> None:
     assert torch.equal(names["collate"](photos), pixfuse.standardize_per_image(windows, floor=1.0))
 
 
+@pytest.mark.usefixtures("in_folder")
 def test_the_readme_on_units(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     images = torch.randint(256, (4, 32, 32, 3), dtype=torch.uint8)
-    bias = torch.tensor([-1e3] + [0.0] * 7)  # the first channel can never fire
-    names: dict[str, Any] = {"pixfuse": pixfuse, "images": images, "bias": bias}
-    names["weight"] = torch.randn(8, 3, 7, 7)
+    names: dict[str, Any] = {"pixfuse": pixfuse, "torch": torch, "images": images}
     block, monitored = sections(README.read_text())["Which units live"]
+    # So that the first channel can never fire.
+    assert "torch.zeros(64)" in block
+    block = block.replace("torch.zeros(64)", "torch.tensor([-1e3] + [0.0] * 63)")
     exec(compile(block, str(README), "exec"), names)
     output, activity = names["output"], names["activity"]
     assert isinstance(output, torch.Tensor)
     assert isinstance(activity, pixfuse.UnitActivity)
     assert activity.dead_count == (output.amax((0, 2, 3)) == 0).sum() == 1
+    import_torchvision("torchvision.models")
+    (tmp_path / "photos").symlink_to(Path("photos").resolve())
     monkeypatch.chdir(tmp_path)
-    names["model"] = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU())
-    names |= {"loader": [(torch.randn(2, 3), None)] * 3, "train": lambda model, x, _: model(x)}
+    names["dataset"] = import_torchvision("torchvision.datasets").ImageFolder("photos")
+    names["collate"] = pixfuse.Collate(pixfuse.IMAGENET, size=64, crop="center")
+    names["DataLoader"] = torch.utils.data.DataLoader
+    monitored = monitored.replace("batch_size=64", "batch_size=3")
     exec(compile(monitored, str(README), "exec"), names)
     assert "over the last 3 of 3 steps" in capsys.readouterr().out
     assert (tmp_path / "units.png").exists()
 
 
 def test_the_readme_on_models(capsys: pytest.CaptureFixture[str]) -> None:
-    model = import_torchvision("torchvision.models").resnet18()
+    import_torchvision("torchvision.models")
     images = torch.randint(256, (2, 64, 64, 3), dtype=torch.uint8)
-    names = {"pixfuse": pixfuse, "torch": torch, "images": images, "model": model}
+    names: dict[str, Any] = {"pixfuse": pixfuse, "torch": torch, "images": images}
     (block,) = sections(README.read_text())["In a model"]
     exec(compile(block, str(README), "exec"), names)
     assert capsys.readouterr().out.startswith("convolution")
     assert type(names["stem"]) is pixfuse.nn.PixelStem
     floats = pixfuse.normalize(images, pixfuse.IMAGENET, input_layout="NHWC")
-    torch.testing.assert_close(names["scores"], model(floats), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(names["scores"], names["model"](floats), rtol=1e-3, atol=1e-4)
     assert list(names["layer"].state_dict()) == ["weight", "bias"]
     dead = [
         pixfuse.certified_dead(names["weight"], names["bias"], normalization=n).sum()
