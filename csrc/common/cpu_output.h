@@ -44,11 +44,14 @@ inline torch::stable::Tensor empty_cpu_output(int64_t rank, const int64_t* sizes
 
 // Whether floats are best stored past the caches: where they are so many that in the caches they
 // would push out each other before anybody reads them, and every line would be read from memory
-// just to be overwritten. The size is a measured one, on Intel's and on AMD's processors, since
-// what the system says of the last cache is not to be trusted: that of several sockets, or of all
-// the virtual machines that share it.
-inline bool is_best_past_caches(const int64_t (&sizes)[4], ElementType dtype) {
-  return sizes[0] * sizes[1] * sizes[2] * sizes[3] * element_bytes(dtype) >= int64_t{8} << 20;
+// just to be overwritten. The sizes are measured ones, since what the system says of the last cache
+// is not to be trusted: that of several sockets, or of all the virtual machines that share it.
+// `pixel_by_pixel`: normalized pixel by pixel, which takes longer than plane by plane, so that
+// memory has more time for them: measured on AMD's processors, the others on Intel's too.
+inline bool is_best_past_caches(const int64_t (&sizes)[4], ElementType dtype,
+                                bool pixel_by_pixel = false) {
+  const int64_t least = int64_t{pixel_by_pixel ? 24 : 8} << 20;
+  return sizes[0] * sizes[1] * sizes[2] * sizes[3] * element_bytes(dtype) >= least;
 }
 
 }  // namespace pixfuse

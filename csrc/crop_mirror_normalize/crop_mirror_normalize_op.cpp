@@ -69,7 +69,8 @@ Tensor empty_output(const std::vector<int64_t>& sizes, const std::vector<int64_t
 
 int32_t pixfuse_crop_mirror_normalize(const pixfuse::CropMirrorNormalizeArgs* args) {
   pixfuse::CropMirrorNormalizeArgs own = *args;
-  own.past_caches = pixfuse::is_best_past_caches(own.sizes, own.dtype);
+  const bool pixel_by_pixel = own.output_strides[1] == 1 && own.sizes[1] > 1;
+  own.past_caches = pixfuse::is_best_past_caches(own.sizes, own.dtype, pixel_by_pixel);
   return pixfuse::crop_mirror_normalize_cpu(own, torch_parallel_for);
 }
 

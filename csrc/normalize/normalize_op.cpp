@@ -36,7 +36,8 @@ void normalize_out(const Tensor& images, const std::vector<double>& mean,
 
 int32_t pixfuse_normalize(const pixfuse::NormalizeArgs* args) {
   pixfuse::NormalizeArgs own = *args;
-  own.past_caches = pixfuse::is_best_past_caches(own.sizes, own.dtype);
+  const bool pixel_by_pixel = own.output_strides[1] == 1 && own.sizes[1] > 1;
+  own.past_caches = pixfuse::is_best_past_caches(own.sizes, own.dtype, pixel_by_pixel);
   return pixfuse::normalize_cpu(own, torch_parallel_for);
 }
 
