@@ -308,6 +308,25 @@ def test_no_further_off_than_torch_where_many_are_added_up(isa: str, positive: b
         assert mine.pow(2).mean() <= (1.5**2 if few else 1) * torchs_own.pow(2).mean()
 
 
+def test_rows_of_padding_that_are_left_out_leave_the_bits(isa: str) -> None:
+    """Rows of the kernel are added up in the same groups, whether or not the first ones are."""
+    for kernel, padding in (((13, 8), (5, 1)), ((9, 12), (7, 0)), ((16, 6), (1, 1))):
+        case = Case(4, 20, kernel, 1, padding, size=(30, 31))
+        weight, bias = case.weights(torch.float32)
+        input = torch.randn(2, 4, *case.size)
+        of_planes, of_pixels = (
+            pixfuse.conv_bias_relu(
+                input.contiguous(memory_format=memory_format),
+                weight,
+                bias,
+                *case.options(),
+                memory_format=torch.contiguous_format,
+            )[0]
+            for memory_format in FORMATS
+        )
+        assert_same_bits(of_pixels, of_planes)
+
+
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_bytes_are_normalized_exactly_as_normalize_does(isa: str, rounding: Any) -> None:
     """The same bits as from normalized floats: in the middle, and at the borders."""
