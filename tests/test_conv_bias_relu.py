@@ -1018,6 +1018,25 @@ def test_rounding_wakes_no_dead_channel_in_the_padding(isa: str, padding: int) -
     assert not ours.any()
 
 
+def test_padding_wakes_what_no_pixel_can(isa: str) -> None:
+    """Where only the one weight above 0 sees the image; no pixel is 0 after the normalization."""
+    case = Case(3, 32, (7, 7), 2, 6, size=(40, 40))
+    weight = -torch.rand(32, 3, 7, 7)
+    weight[:, :, -1, -1] = 1.0
+    normalization = pixfuse.Normalization(-1.0, 1.0)
+    images = random_bytes(1, 3, *case.size)
+    _, inside = pixfuse.conv_bias_relu(images, weight, None, 2, normalization=normalization)
+    assert inside.dead_count == 32
+    ours, activity = pixfuse.conv_bias_relu(
+        images, weight, None, *case.options(), normalization=normalization
+    )
+    assert activity.dead_count == 0
+    floats = pixfuse.normalize(images, normalization)
+    truth = Truth(floats, weight, None, case.options())
+    truth.share_rounding()
+    check_values(ours, activity, truth)
+
+
 @pytest.mark.parametrize("mean", [-1.0, 0.45])
 def test_a_dead_channel_is_dead_with_a_bias(isa: str, mean: float) -> None:
     """Also where its bias is above 0: no pixel is 0 after a normalization to [1, 2]."""

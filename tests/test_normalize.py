@@ -147,19 +147,26 @@ def test_the_default_is_the_unit_interval() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [1040, 1056, 1033])
 @pytest.mark.parametrize("layout", ["nchw", "channels_last", "crop", "one_byte_more_per_pixel"])
-def test_results_beyond_the_caches(layout: str, width: int, dtype: torch.dtype) -> None:
-    images = LAYOUTS[layout](3 if dtype == torch.float32 else 6, 3, 720, width)
+@pytest.mark.parametrize("memory_format", DENSE_FORMATS)
+def test_results_beyond_the_caches(
+    memory_format: torch.memory_format, layout: str, width: int, dtype: torch.dtype
+) -> None:
+    # Of 3 * 731 rows the last one begins on a whole line where the first one does.
+    images = LAYOUTS[layout](3 if dtype == torch.float32 else 6, 3, 731, width)
+    options: dict[str, Any] = {"dtype": dtype, "memory_format": memory_format}
     for threads in (1, 3):
         torch.set_num_threads(threads)
-        results = check(images, made_up(3, "torchvision"), dtype=dtype)
+        results = check(images, made_up(3, "torchvision"), **options)
         assert results.nbytes > 24 << 20
     # Into memory that is not our own, on whole lines and not.
     for start in (0, 1):
-        out = torch.empty(results.numel() + 1, dtype=dtype)[start:][: results.numel()]
-        out = out.view(results.shape)
-        pixfuse.normalize(images, made_up(3, "torchvision"), dtype=dtype, out=out)
+        memory = torch.full((results.numel() + 32,), 7, dtype=dtype)
+        out = memory.as_strided(results.shape, results.stride(), start)
+        pixfuse.normalize(images, made_up(3, "torchvision"), out=out, **options)
         assert_same_bits(out, results)
-    check(images[..., 1:], pixfuse.CLIP, dtype=dtype)
+        assert bool((memory[:start] == 7).all())
+        assert bool((memory[start + results.numel() :] == 7).all())
+    check(images[..., 1:], pixfuse.CLIP, **options)
 
 
 # --- shapes and layouts ---

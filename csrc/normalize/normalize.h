@@ -49,7 +49,7 @@ struct NormalizeArgs {
   Arithmetic arithmetic;
   float scale;                       // of Arithmetic::multiply
   const ChannelConstants* channels;  // [C], in host memory
-  bool past_caches;  // CPU: float32 results on whole cache lines are stored past them
+  bool past_caches;                  // CPU: floats on whole cache lines are stored past them
 };
 
 // Returns what `parallel_for` returned: 0 when all went well.

@@ -75,7 +75,7 @@ def _as_sequence(images: Any) -> Sequence[Any]:
     return images
 
 
-def _check_not_empty(function: str, name: str, shape: Sequence[int]) -> None:
+def check_not_empty(function: str, name: str, shape: Sequence[int]) -> None:
     channels, height, width = shape
     if channels == 0 or height == 0 or width == 0:
         raise ValueError(
@@ -92,7 +92,7 @@ def _check_tensor(function: str, name: str, image: torch.Tensor) -> None:
             f"{function}: expected {name} to be a tensor of shape (C, H, W), got shape "
             f"{tuple(image.shape)}; a batch goes in alone, without a list around it"
         )
-    _check_not_empty(function, name, image.shape)
+    check_not_empty(function, name, image.shape)
 
 
 def _read_batch(images: torch.Tensor) -> Images:
@@ -106,7 +106,7 @@ def _read_batch(images: torch.Tensor) -> Images:
     count, channels, height, width = images.shape
     if count == 0:
         raise ValueError(f"{_NAME}: expected images to hold at least 1 image, got none")
-    _check_not_empty(_NAME, "images", images.shape[-3:])
+    check_not_empty(_NAME, "images", images.shape[-3:])
     return Images(None, [images], images.device, count, (height, width, channels), None)
 
 
@@ -175,7 +175,7 @@ def read_image(function: str, image: object) -> torch.Tensor:
             image = image.copy()  # torch has no negative strides, even of one element
         pixels = tensor_of_array(image)
         pixels = pixels.unsqueeze(0) if pixels.ndim == 2 else pixels.permute(2, 0, 1)
-        _check_not_empty(function, "images[0]", pixels.shape)
+        check_not_empty(function, "images[0]", pixels.shape)
         return pixels
     memory = _images.read([image], _pillow_exports_memory(), function)
     height, width, channels = memory.sizes[0].tolist()

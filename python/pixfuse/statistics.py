@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from pixfuse._checks import check_images
-from pixfuse._image_input import _check_not_empty
+from pixfuse._image_input import check_not_empty
 from pixfuse._output_files import replacing
 from pixfuse.normalization import Normalization, Rounding
 from pixfuse.pixels import Images, channel_histogram, count_each, image_moments
@@ -206,7 +206,7 @@ class ChannelStatistics:
             images, _ = check_images(name, images, input_layout)
             shape = images.shape[-3:]
             # Channels first, as the shapes of all messages.
-            _check_not_empty(
+            check_not_empty(
                 name, "images", shape if input_layout == "NCHW" else shape[-1:] + shape[:2]
             )
         sums, squares = (moments.cpu().numpy() for moments in image_moments(images, input_layout))
