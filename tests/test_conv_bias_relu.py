@@ -308,6 +308,20 @@ def test_no_further_off_than_torch_where_many_are_added_up(isa: str, positive: b
         assert mine.pow(2).mean() <= (1.5**2 if few else 1) * torchs_own.pow(2).mean()
 
 
+@pytest.mark.parametrize("kernel", [(7, 7), (11, 11), (16, 16)])
+def test_a_kernel_of_one_weight_leaves_the_bits_of_the_pixel(
+    isa: str, kernel: tuple[int, int]
+) -> None:
+    """Torch has no error there, so a sum of many zeros must have none."""
+    images = random_bytes(2, 3, 40, 41)
+    weight = torch.zeros(17, 3, *kernel)
+    taps = torch.randint(0, weight[0].numel(), (17,))
+    weight.view(17, -1)[torch.arange(17), taps] = torch.randn(17)
+    ours, _ = pixfuse.conv_bias_relu(images, weight, normalization=pixfuse.IMAGENET)
+    floats = pixfuse.normalize(images, pixfuse.IMAGENET)
+    assert_same_bits(ours, relu(conv2d(floats.double(), weight.double())).float())
+
+
 def test_rows_of_padding_that_are_left_out_leave_the_bits(isa: str) -> None:
     """Rows of the kernel are added up in the same groups, whether or not the first ones are."""
     for kernel, padding in (((13, 8), (5, 1)), ((9, 12), (7, 0)), ((16, 6), (1, 1))):
@@ -902,6 +916,12 @@ def test_who_goes_another_way(isa: str) -> None:
         for rounding in ROUNDINGS:
             huge = pixfuse.Normalization(0.5, 1e-13, rounding=rounding)
             assert is_direct(case, weight, huge)
+        half = weight.clone()
+        half[-1].view(-1)[: half[-1].numel() // 2] = 0.0
+        half[0] = 0.0
+        assert not is_direct(case, half, normalization)
+        half[-1].view(-1)[half[-1].numel() // 2] = 0.0
+        assert is_direct(case, half, normalization)
     for case in DIRECT.values():
         weight, _ = case.weights(torch.float32)
         direct = is_direct(case, weight, made_up(case.channels, "torchvision"))

@@ -69,6 +69,16 @@ bool Bounds::are_kept() const {
                      [](const WeightSums& some) { return some.largest <= kLargest; });  // no NaN
 }
 
+bool Bounds::are_dense() const {
+  const int64_t channels = args.input_sizes[1], taps = args.kernel[0] * args.kernel[1] * channels;
+  for (int64_t o = 0; o < args.output_sizes[1]; ++o) {
+    int64_t zeros = 0;
+    for (int64_t c = 0; c < channels; ++c) zeros += sums_of(o)[c].zeros;
+    if (zeros > taps - zeros && zeros < taps) return false;
+  }
+  return true;
+}
+
 std::vector<bool> Bounds::dead_channels() const {
   std::vector<bool> dead;
   for (int64_t o = 0; o < args.output_sizes[1]; ++o) {

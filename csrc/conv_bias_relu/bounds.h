@@ -21,6 +21,10 @@ class Bounds {
   // them overflows in an order other than the direct one.
   bool are_kept() const;
 
+  // Whether no output channel has more weights that are 0 than others, unless all are. The direct
+  // sum, like torch's, is the more accurate the fewer terms are added up; no other way is.
+  bool are_dense() const;
+
   // Which output channels no image can bring above 0. For weights and values that are kept.
   std::vector<bool> dead_channels() const;
 

@@ -10,6 +10,7 @@ WeightSums sum_weights(const float* weights, int64_t count) {
   double positive[kTurns] = {}, negative[kTurns] = {};
   // The bits of magnitudes are in the order of the magnitudes, with NaN above all of them.
   int32_t largest[kTurns] = {};
+  int32_t zeros[kTurns] = {};
   const auto add = [&](const float* from, int turns) __attribute__((always_inline)) {
     for (int k = 0; k < turns; ++k) {
       const auto bits = static_cast<int32_t>(bits_of(from[k]));
@@ -17,6 +18,7 @@ WeightSums sum_weights(const float* weights, int64_t count) {
       positive[k] += double{float_of(static_cast<uint32_t>(bits & ~sign))};
       negative[k] += double{float_of(static_cast<uint32_t>(bits & sign))};
       largest[k] = largest[k] > magnitude ? largest[k] : magnitude;
+      zeros[k] += magnitude == 0;
     }
   };
   int64_t i = 0;
@@ -28,6 +30,7 @@ WeightSums sum_weights(const float* weights, int64_t count) {
     sums.positive += positive[k];
     sums.negative += negative[k];
     most = most > largest[k] ? most : largest[k];
+    sums.zeros += zeros[k];
   }
   sums.largest = float_of(static_cast<uint32_t>(most));
   return sums;

@@ -104,6 +104,7 @@ constexpr int64_t kRunPixels = 512;
 struct WeightSums {
   double positive = 0.0, negative = 0.0;
   float largest = 0.0f;  // magnitude; infinite or NaN if one of the weights is
+  int64_t zeros = 0;
 
   double sum() const { return positive + negative; }
 };

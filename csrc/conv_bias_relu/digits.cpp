@@ -93,7 +93,7 @@ bool digits_suit(const ConvBiasReluArgs& args, const Bounds& bounds, bool in_til
   const int64_t least = in_tiles ? kLeastTapsOfTiles : kLeastTapsOfVectors;
   const int64_t pixels = args.kernel[0] * args.kernel[1];
   if (args.input_sizes[1] > kChannels || pixels * args.input_sizes[1] < least ||
-      pixels > kMostPixels || !bounds.are_kept()) {
+      pixels > kMostPixels || !bounds.are_kept() || !bounds.are_dense()) {
     return false;
   }
   int64_t last_weight = 0;  // of an output channel, whose offsets are 32 bits

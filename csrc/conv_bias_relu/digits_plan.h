@@ -7,8 +7,8 @@
 namespace pixfuse {
 
 // Whether it is as good as torch's: for bytes of up to three channels, as what normalizes them
-// bounds them, and for finite weights that are not so small that their steps have no float. It does
-// not depend on the number of images: a batch has the bits of its images.
+// bounds them, and for finite weights that are not mostly zeros, and not so small that their steps
+// have no float. It does not depend on the number of images: a batch has the bits of its images.
 bool digits_suit(const ConvBiasReluArgs& args, const Bounds& bounds, bool in_tiles);
 
 struct Digits {

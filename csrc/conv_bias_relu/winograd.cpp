@@ -69,7 +69,8 @@ bool winograd_suits(const ConvBiasReluArgs& args, const Bounds& bounds) {
   const int64_t terms = args.kernel[0] * args.input_sizes[1];
   return args.dilation[1] == 1 && args.kernel[1] >= 2 * args.stride[1] && terms >= kLeastTerms &&
          terms * args.kernel[1] >= kLeastTaps &&
-         args.output_sizes[2] * args.output_sizes[3] >= kLeastPixels && bounds.are_kept();
+         args.output_sizes[2] * args.output_sizes[3] >= kLeastPixels && bounds.are_kept() &&
+         bounds.are_dense();
 }
 
 Winograd::Winograd(const ConvBiasReluArgs& args) {

@@ -8,9 +8,9 @@ namespace pixfuse {
 
 // Whether it is faster than the direct convolution, and as good as torch's: for bytes, as what
 // normalizes them bounds them (an infinite value would spoil its neighbours, a huge one their last
-// bits); for finite weights; where each phase of the stride has at least two taps, a sum at least
-// 20 terms, and the kernel 100. It does not depend on the number of images: a batch has the bits of
-// its images.
+// bits); for finite weights that are not mostly zeros; where each phase of the stride has at least
+// two taps, a sum at least 20 terms, and the kernel 100. It does not depend on the number of
+// images: a batch has the bits of its images.
 bool winograd_suits(const ConvBiasReluArgs& args, const Bounds& bounds);
 
 struct Winograd {

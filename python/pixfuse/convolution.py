@@ -67,6 +67,10 @@ def conv_bias_relu(
     weights, and at most twice that for few; the last bits are not those of normalized floats.
     ``PIXFUSE_ISA=avx512`` turns it off.
 
+    Both are for weights that are not mostly zeros: where an output channel has more of these than
+    of others, though not only these, all are summed up directly. Torch is the more accurate the
+    fewer terms there are, and a kernel of a single weight gives the product, rounded once.
+
     On CUDA, tensor cores multiply 16-bit weights, and float32 ones where torch allows TF32 for
     convolutions (``torch.backends.cudnn.conv.fp32_precision``, on unless you turn it off; under
     ``torch.compile``, what it was when it was compiled). Bytes become the dtype of ``weight``
