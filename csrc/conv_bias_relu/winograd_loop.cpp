@@ -31,8 +31,8 @@ void spread_line(const ConvBiasReluJob& job, const float* line, float* spread) {
   const WinogradPlan& plan = *job.winograd;
   const int64_t channels = job.args.input_sizes[1], residues = plan.residues;
   const int64_t tiles = job.line_pixels / residues;
+  // Always as many values as there can be channels: the next tile comes over what is too much.
   if (job.interleaved_lines) {
-    // Always as many values as there can be channels: the next tile comes over what is too much.
     for (int64_t i = 0; i < residues; ++i) {
       const float* from = line + i * channels;
       float* to = spread + i * plan.residue_floats;
@@ -44,11 +44,28 @@ void spread_line(const ConvBiasReluJob& job, const float* line, float* spread) {
     }
     return;
   }
-  for (int64_t c = 0; c < channels; ++c) {
-    const float* from = line + c * job.line_pixels;
-    for (int64_t t = 0; t < tiles; ++t) {
-      for (int64_t i = 0; i < residues; ++i) {
-        spread[i * plan.residue_floats + t * channels + c] = *from++;
+  typedef float Four __attribute__((vector_size(16)));
+  static_assert(kMaxDirectChannels == 4 && kWinogradOutputs % 4 == 0);
+  const float* from[4];
+  for (int64_t c = 0; c < 4; ++c) from[c] = line + (c < channels ? c : 0) * job.line_pixels;
+  for (int64_t t = 0; t < tiles; ++t) {
+    for (int64_t i = 0; i < residues; i += 4) {
+      Four planes[4];
+      unrolled<4>([&](auto c) __attribute__((always_inline)) {
+        __builtin_memcpy(&planes[c.value], from[c.value] + t * residues + i, sizeof(Four));
+      });
+      const Four low02 = __builtin_shufflevector(planes[0], planes[2], 0, 4, 1, 5);
+      const Four low13 = __builtin_shufflevector(planes[1], planes[3], 0, 4, 1, 5);
+      const Four high02 = __builtin_shufflevector(planes[0], planes[2], 2, 6, 3, 7);
+      const Four high13 = __builtin_shufflevector(planes[1], planes[3], 2, 6, 3, 7);
+      const Four pixels[4] = {__builtin_shufflevector(low02, low13, 0, 4, 1, 5),
+                              __builtin_shufflevector(low02, low13, 2, 6, 3, 7),
+                              __builtin_shufflevector(high02, high13, 0, 4, 1, 5),
+                              __builtin_shufflevector(high02, high13, 2, 6, 3, 7)};
+      float* to = spread + i * plan.residue_floats + t * channels;
+      for (const Four& one : pixels) {
+        __builtin_memcpy(to, &one, sizeof one);
+        to += plan.residue_floats;
       }
     }
   }
