@@ -1,44 +1,22 @@
 // The loops of `conv_bias_relu` without torch and Python, on memory of exactly the size that they
 // may touch, against the sum written down once more, in float64.
-//
-// With a sanitizer the memory comes from the heap; without one, from pages before one that may not
-// be touched. Arguments:
-//   threads             the parts of each call run at the same time
-//   planted=NAME        a fault that must be noticed: see `Planted`
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <iterator>
 #include <optional>
-#include <string>
-#include <thread>
 #include <vector>
 
 #include "common/isa.h"
 #include "conv_bias_relu/conv_bias_relu_loop.h"
 #include "guarded_memory.h"
+#include "loop_program.h"
 #include "normalize/normalize_constants.h"
-#include "wanted_isas.h"
 
 using namespace pixfuse;
 
 namespace {
-
-enum class Planted {
-  none,
-  short_input,
-  short_output,
-  short_weight,
-  wrong_value,
-  wrong_count,
-  race
-};
-constexpr const char* kPlantedNames[] = {
-    "none", "short_input", "short_output", "short_weight", "wrong_value", "wrong_count", "race"};
-Planted planted = Planted::none;
-bool use_threads = false;
 
 // --- memory that ends where nothing may be touched ---
 
@@ -49,47 +27,7 @@ struct Memory : GuardedMemory {
 
 // --- one call ---
 
-int32_t parallel_for(int64_t begin, int64_t end, int64_t, void (*body)(int64_t, int64_t, void*),
-                     void* context) {
-  std::vector<std::thread> threads;
-  const int64_t part = (end - begin) / 3 + 1;
-  for (int64_t last = end; last > begin; last -= part) {
-    const int64_t first = std::max(begin, last - part);
-    for (int copies = planted == Planted::race ? 2 : 1; copies > 0; --copies) {
-      if (use_threads) {
-        threads.emplace_back(body, first, last, context);
-      } else {
-        body(first, last, context);
-      }
-    }
-  }
-  for (std::thread& thread : threads) thread.join();
-  return 0;
-}
-
-uint32_t next_number() {
-  static uint32_t state = 1;
-  state = state * 1664525u + 1013904223u;
-  return state >> 8;
-}
 float next_float() { return static_cast<float>(next_number() % 2001) / 1000.0f - 1.0f; }
-
-// The value of 16 bits of a type.
-double stored_value(ElementType type, const uint8_t* element) {
-  if (type == ElementType::float32) {
-    float value;
-    std::memcpy(&value, element, sizeof value);
-    return value;
-  }
-  uint16_t bits;
-  std::memcpy(&bits, element, sizeof bits);
-  if (type == ElementType::bfloat16) return float_of(static_cast<uint32_t>(bits) << 16);
-  const int exponent = (bits >> 10) & 31, fraction = bits & 1023;
-  if (exponent == 31) return fraction == 0 ? HUGE_VAL : NAN;
-  const double value =
-      exponent == 0 ? std::ldexp(fraction, -24) : std::ldexp(1024 + fraction, exponent - 25);
-  return (bits & 0x8000) != 0 ? -value : value;
-}
 
 void store_value(ElementType type, float value, uint8_t* element) {
   if (type == ElementType::float32) {
@@ -389,7 +327,7 @@ const Problem& problem_of(size_t number, int input) {
   return *problem;
 }
 
-bool run_all(int64_t& cases) {
+bool run_all(Isa, int64_t& cases) {
   for (size_t number = 0; number < std::size(kCases); ++number)
     // Bytes first: what a planted fault meets is then what only they go through.
     for (int input = 3; input >= 0; --input)
@@ -422,28 +360,4 @@ bool run_all(int64_t& cases) {
 
 }  // namespace
 
-int main(int argc, char** argv) {
-  for (int i = 1; i < argc; ++i) {
-    const std::string argument = argv[i];
-    bool known = argument == "threads";
-    use_threads = use_threads || known;
-    for (size_t k = 0; k < std::size(kPlantedNames); ++k) {
-      if (argument != std::string("planted=") + kPlantedNames[k]) continue;
-      planted = static_cast<Planted>(k);
-      known = true;
-    }
-    if (!known) {
-      std::printf("unknown argument %s\n", argv[i]);
-      return 2;
-    }
-  }
-  for (const Isa isa : {Isa::portable, Isa::avx2, Isa::avx512, Isa::vnni, Isa::amx, Isa::neon}) {
-    if (!is_wanted(isa)) continue;
-    set_active_isa(isa);
-    int64_t cases = 0;
-    if (!run_all(cases)) return 1;
-    std::printf("isa %d: %ld cases\n", static_cast<int>(isa), static_cast<long>(cases));
-    std::fflush(stdout);
-  }
-  return 0;
-}
+int main(int argc, char** argv) { return run_program(argc, argv, run_all, std::size(kIsas)); }

@@ -1,103 +1,38 @@
 // The loops of `channel_histogram` and `image_moments` without torch and Python, on memory of
 // exactly the size that they may read, against counting one pixel at a time.
-//
-//   threads             the parts of each call run at the same time
-//   planted=NAME        a fault that must be noticed: see `Planted`
-#include <algorithm>
 #include <cstdio>
 #include <cstring>
-#include <string>
-#include <thread>
 #include <vector>
 
 #include "channel_histogram/channel_histogram.h"
 #include "common/isa.h"
 #include "guarded_memory.h"
 #include "image_moments/image_moments.h"
-#include "wanted_isas.h"
+#include "loop_program.h"
 
 using namespace pixfuse;
 
 namespace {
 
-enum class Planted {
-  none,
-  short_input,   // the images end one byte early
-  early_input,   // the images begin one byte late
-  short_output,  // the results end one byte early
-  wrong_value,   // one expected count is one more
-  race,          // all threads write to the same memory
-};
-constexpr const char* kPlantedNames[] = {"none",         "short_input", "early_input",
-                                         "short_output", "wrong_value", "race"};
-Planted planted = Planted::none;
-bool use_threads = false;
 int64_t unguarded = 0;  // what `race` writes to without care
 // Called, not compiled in line: this file has no sanitizer, but the thread sanitizer sees this
 // call.
 void* (*volatile write_bytes)(void*, int, size_t) = std::memset;
 
-int32_t parallel_for(int64_t begin, int64_t end, int64_t, void (*body)(int64_t, int64_t, void*),
-                     void* context) {
-  // Parts of different lengths, the last one first.
-  std::vector<std::thread> threads;
-  const int64_t part = (end - begin) / 3 + 1;
-  for (int64_t last = end; last > begin; last -= part) {
-    const int64_t first = std::max(begin, last - part);
-    const auto work = [=] {
-      if (planted == Planted::race) write_bytes(&unguarded, 1, sizeof unguarded);
-      body(first, last, context);
-    };
-    if (use_threads) {
-      threads.emplace_back(work);
-    } else {
-      work();
-    }
-  }
-  for (std::thread& thread : threads) thread.join();
-  return 0;
-}
-
-enum class Layout {
-  planar,
-  pixels,
-  pixels_and_one,
-  padded_rows,
-  spread,
-  same_image,
-  batch_last,
-  count
+// A race is not the same work twice: that would be counted.
+struct Work {
+  void (*body)(int64_t, int64_t, void*);
+  void* context;
 };
-
-void set_strides(int64_t (&strides)[4], const int64_t (&sizes)[4], Layout layout) {
-  const int64_t n = sizes[0], c = sizes[1], h = sizes[2], w = sizes[3];
-  const auto set = [&](int64_t sn, int64_t sc, int64_t sh, int64_t sw) {
-    const int64_t values[4] = {sn, sc, sh, sw};
-    std::memcpy(strides, values, sizeof values);
+int32_t parallel_for_counts(int64_t begin, int64_t end, int64_t,
+                            void (*body)(int64_t, int64_t, void*), void* context) {
+  Work work{body, context};
+  const auto run = [](int64_t first, int64_t last, void* context) {
+    const Work& work = *static_cast<Work*>(context);
+    if (planted == Planted::race) write_bytes(&unguarded, 1, sizeof unguarded);
+    work.body(first, last, work.context);
   };
-  switch (layout) {
-    case Layout::planar:
-    case Layout::count:
-      return set(c * h * w, h * w, w, 1);
-    case Layout::pixels:
-      return set(c * h * w, 1, c * w, c);
-    case Layout::pixels_and_one:
-      return set((c + 1) * h * w, 1, (c + 1) * w, c + 1);
-    case Layout::padded_rows:
-      return set(c * h * (w + 3), h * (w + 3), w + 3, 1);
-    case Layout::spread:
-      return set(2 * c * h * w, 2 * h * w, 2 * w, 2);
-    case Layout::same_image:
-      return set(0, h * w, w, 1);
-    case Layout::batch_last:
-      return set(1, h * w * n, w * n, n);
-  }
-}
-
-uint8_t next_byte() {
-  static uint32_t state = 1;
-  state = state * 1664525u + 1013904223u;
-  return static_cast<uint8_t>(state >> 24);
+  return run_parts(begin, end, 1, run, &work);
 }
 
 bool equal(const char* what, const int64_t* found, const std::vector<int64_t>& expected) {
@@ -137,9 +72,8 @@ bool run(Isa isa, const int64_t (&sizes)[4], Layout layout, bool at_end) {
   moments.sums = reinterpret_cast<int64_t*>(sums.data());
   moments.squares = reinterpret_cast<int64_t*>(squares.data());
 
-  set_active_isa(isa);
-  if (channel_histogram_cpu(histogram, parallel_for) != 0) return false;
-  if (image_moments_cpu(moments, parallel_for) != 0) return false;
+  if (channel_histogram_cpu(histogram, parallel_for_counts) != 0) return false;
+  if (image_moments_cpu(moments, parallel_for_counts) != 0) return false;
 
   std::vector<int64_t> expected_counts(channels * 256), expected_sums(results);
   std::vector<int64_t> expected_squares(results);
@@ -189,27 +123,4 @@ bool run_all_on(Isa isa, int64_t& cases) {
 
 }  // namespace
 
-int main(int argc, char** argv) {
-  for (int i = 1; i < argc; ++i) {
-    const std::string argument = argv[i];
-    bool known = argument == "threads";
-    use_threads = use_threads || known;
-    for (size_t k = 0; k < std::size(kPlantedNames); ++k) {
-      if (argument != std::string("planted=") + kPlantedNames[k]) continue;
-      planted = static_cast<Planted>(k);
-      known = true;
-    }
-    if (!known) {
-      std::printf("unknown argument %s\n", argv[i]);
-      return 2;
-    }
-  }
-  for (const Isa isa : {Isa::portable, Isa::avx2, Isa::avx512, Isa::neon}) {
-    if (!is_wanted(isa)) continue;
-    int64_t cases = 0;
-    if (!run_all_on(isa, cases)) return 1;
-    std::printf("isa %d: %ld cases\n", static_cast<int>(isa), static_cast<long>(cases));
-    std::fflush(stdout);
-  }
-  return 0;
-}
+int main(int argc, char** argv) { return run_program(argc, argv, run_all_on); }

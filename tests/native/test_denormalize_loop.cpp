@@ -1,89 +1,20 @@
 // The loops of `denormalize` without torch and Python, on memory of exactly the size that they may
 // touch, against the formula written down once more, one value at a time.
-//
-//   threads             the parts of each call run at the same time
-//   planted=NAME        a fault that must be noticed: see `Planted`
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <limits>
-#include <string>
-#include <thread>
 #include <vector>
 
 #include "common/isa.h"
 #include "denormalize/denormalize.h"
 #include "guarded_memory.h"
-#include "wanted_isas.h"
+#include "loop_program.h"
 
 using namespace pixfuse;
 
 namespace {
-
-enum class Planted {
-  none,
-  short_input,   // the values end one byte early
-  early_input,   // the values begin one element late
-  short_output,  // the output ends one byte early
-  wrong_value,   // one expected byte is another
-  race,          // two threads do the same work
-};
-constexpr const char* kPlantedNames[] = {"none",         "short_input", "early_input",
-                                         "short_output", "wrong_value", "race"};
-Planted planted = Planted::none;
-bool use_threads = false;
-
-int32_t parallel_for(int64_t begin, int64_t end, int64_t, void (*body)(int64_t, int64_t, void*),
-                     void* context) {
-  // Parts of different lengths, the last one first.
-  std::vector<std::thread> threads;
-  const int64_t part = (end - begin) / 3 + 1;
-  for (int64_t last = end; last > begin; last -= part) {
-    const int64_t first = std::max(begin, last - part);
-    for (int copies = planted == Planted::race ? 2 : 1; copies > 0; --copies) {
-      if (use_threads) {
-        threads.emplace_back(body, first, last, context);
-      } else {
-        body(first, last, context);
-      }
-    }
-  }
-  for (std::thread& thread : threads) thread.join();
-  return 0;
-}
-
-uint8_t next_byte() {
-  static uint32_t state = 1;
-  state = state * 1664525u + 1013904223u;
-  return static_cast<uint8_t>(state >> 24);
-}
-
-// The value of 16 bits, from the definition of the format.
-float value_of(uint16_t bits, int exponent_bits) {
-  const int fraction_bits = 15 - exponent_bits, bias = (1 << (exponent_bits - 1)) - 1;
-  const int exponent = bits >> fraction_bits & ((1 << exponent_bits) - 1);
-  const int fraction = bits & ((1 << fraction_bits) - 1);
-  const float sign = (bits & 0x8000) != 0 ? -1.0f : 1.0f;
-  if (exponent == (1 << exponent_bits) - 1) {
-    return fraction == 0 ? sign * std::numeric_limits<float>::infinity() : std::nanf("");
-  }
-  if (exponent == 0)
-    return sign * std::ldexp(static_cast<float>(fraction), 1 - bias - fraction_bits);
-  return sign * std::ldexp(static_cast<float>((1 << fraction_bits) + fraction),
-                           exponent - bias - fraction_bits);
-}
-
-float load(ElementType dtype, const uint8_t* element) {
-  if (dtype == ElementType::float32) {
-    float value;
-    std::memcpy(&value, element, sizeof value);
-    return value;
-  }
-  uint16_t bits;
-  std::memcpy(&bits, element, sizeof bits);
-  return value_of(bits, dtype == ElementType::float16 ? 5 : 8);
-}
 
 // Any bits as 16-bit floats; as float32 mostly values around the range, some of any bits.
 void fill(ElementType dtype, uint8_t* element) {
@@ -94,31 +25,6 @@ void fill(ElementType dtype, uint8_t* element) {
     std::memcpy(&bits, &value, sizeof bits);
   }
   std::memcpy(element, &bits, static_cast<size_t>(element_bytes(dtype)));
-}
-
-enum class Layout { planar, pixels, pixels_and_one, padded_rows, spread, same_image, count };
-
-void set_strides(int64_t (&strides)[4], const int64_t (&sizes)[4], Layout layout) {
-  const int64_t c = sizes[1], h = sizes[2], w = sizes[3];
-  const auto set = [&](int64_t sn, int64_t sc, int64_t sh, int64_t sw) {
-    const int64_t values[4] = {sn, sc, sh, sw};
-    std::memcpy(strides, values, sizeof values);
-  };
-  switch (layout) {
-    case Layout::planar:
-    case Layout::count:
-      return set(c * h * w, h * w, w, 1);
-    case Layout::pixels:
-      return set(c * h * w, 1, c * w, c);
-    case Layout::pixels_and_one:
-      return set((c + 1) * h * w, 1, (c + 1) * w, c + 1);
-    case Layout::padded_rows:
-      return set(c * h * (w + 3), h * (w + 3), w + 3, 1);
-    case Layout::spread:
-      return set(2 * c * h * w, 2 * h * w, 2 * w, 2);
-    case Layout::same_image:
-      return set(0, h * w, w, 1);
-  }
 }
 
 bool run(Isa isa, ElementType dtype, const int64_t (&sizes)[4], Layout layout, bool nhwc,
@@ -148,7 +54,6 @@ bool run(Isa isa, ElementType dtype, const int64_t (&sizes)[4], Layout layout, b
   const bool count = next_byte() % 2 != 0;
   args.tallies = count ? tallies : nullptr;
 
-  set_active_isa(isa);
   if (denormalize_cpu(args, parallel_for) != 0) return false;
   for (int64_t n = 0; n < sizes[0]; ++n)
     for (int64_t c = 0; c < sizes[1]; ++c)
@@ -160,7 +65,8 @@ bool run(Isa isa, ElementType dtype, const int64_t (&sizes)[4], Layout layout, b
             in += at[d] * args.value_strides[d];
             out += at[d] * args.output_strides[d];
           }
-          const float x = load(dtype, static_cast<const uint8_t*>(args.values) + in * bytes);
+          const auto x = static_cast<float>(
+              stored_value(dtype, static_cast<const uint8_t*>(args.values) + in * bytes));
           const float product = x * channels[static_cast<size_t>(c)].scale;
           const float y = product + channels[static_cast<size_t>(c)].offset;
           const float nearest = std::nearbyintf(y);  // half to even
@@ -209,27 +115,4 @@ bool run_all_on(Isa isa, int64_t& cases) {
 
 }  // namespace
 
-int main(int argc, char** argv) {
-  for (int i = 1; i < argc; ++i) {
-    const std::string argument = argv[i];
-    bool known = argument == "threads";
-    use_threads = use_threads || known;
-    for (size_t k = 0; k < std::size(kPlantedNames); ++k) {
-      if (argument != std::string("planted=") + kPlantedNames[k]) continue;
-      planted = static_cast<Planted>(k);
-      known = true;
-    }
-    if (!known) {
-      std::printf("unknown argument %s\n", argv[i]);
-      return 2;
-    }
-  }
-  for (const Isa isa : {Isa::portable, Isa::avx2, Isa::avx512, Isa::neon}) {
-    if (!is_wanted(isa)) continue;
-    int64_t cases = 0;
-    if (!run_all_on(isa, cases)) return 1;
-    std::printf("isa %d: %ld cases\n", static_cast<int>(isa), static_cast<long>(cases));
-    std::fflush(stdout);
-  }
-  return 0;
-}
+int main(int argc, char** argv) { return run_program(argc, argv, run_all_on); }

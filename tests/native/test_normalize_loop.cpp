@@ -2,44 +2,26 @@
 // Python, on memory of exactly the size that they may touch, against the formulas written down once
 // more, one pixel at a time.
 //
-// With the address sanitizer the memory comes from the heap; without it, from pages next to one
-// that may not be touched. Arguments:
-//   threads             the parts of each call run at the same time
+// Beside what loop_program.h says, an argument:
 //   crop                only the calls of crop_mirror_normalize
-//   planted=NAME        a fault that must be noticed: see `Planted`
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <string>
-#include <thread>
 #include <vector>
 
 #include "common/isa.h"
 #include "crop_mirror_normalize/crop_mirror_normalize_args.h"
 #include "guarded_memory.h"
+#include "loop_program.h"
 #include "normalize/normalize.h"
 #include "normalize/normalize_constants.h"
-#include "wanted_isas.h"
 
 using namespace pixfuse;
 
 namespace {
 
-enum class Planted {
-  none,
-  short_input,   // the images end one byte early
-  short_output,  // the output ends one byte early
-  early_input,   // the images begin one byte late
-  misaligned,    // the output lies between two elements
-  wrong_value,   // one expected value is its neighbour
-  race,          // two threads do the same work
-};
-constexpr const char* kPlantedNames[] = {"none",       "short_input", "short_output", "early_input",
-                                         "misaligned", "wrong_value", "race"};
-Planted planted = Planted::none;
-bool use_threads = false;
 bool only_crops = false;
 
 // --- the formulas, once more ---
@@ -86,60 +68,9 @@ double expected_value(ElementType dtype, float value) {
   std::abort();
 }
 
-double stored_value(ElementType dtype, const uint8_t* element) {
-  if (dtype == ElementType::uint8) return *element;
-  if (dtype == ElementType::float32) {
-    float value;
-    std::memcpy(&value, element, sizeof value);
-    return value;
-  }
-  uint16_t bits;
-  std::memcpy(&bits, element, sizeof bits);
-  if (dtype == ElementType::bfloat16) {
-    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-    float value;
-    std::memcpy(&value, &wide, sizeof value);
-    return value;
-  }
-  const int exponent = (bits >> 10) & 31, fraction = bits & 1023;
-  double value = exponent == 0    ? std::ldexp(fraction, -24)
-                 : exponent == 31 ? (fraction == 0 ? HUGE_VAL : NAN)
-                                  : std::ldexp(1024 + fraction, exponent - 25);
-  return (bits & 0x8000) != 0 ? -value : value;
-}
-
 bool same(double a, double b) { return a == b && std::signbit(a) == std::signbit(b); }
 
 // --- one call ---
-
-int32_t parallel_for(int64_t begin, int64_t end, int64_t, void (*body)(int64_t, int64_t, void*),
-                     void* context) {
-  // Parts of different lengths, the last one first.
-  std::vector<std::thread> threads;
-  const int64_t part = (end - begin) / 3 + 1;
-  for (int64_t last = end; last > begin; last -= part) {
-    const int64_t first = std::max(begin, last - part);
-    for (int copies = planted == Planted::race ? 2 : 1; copies > 0; --copies) {
-      if (use_threads) {
-        threads.emplace_back(body, first, last, context);
-      } else {
-        body(first, last, context);
-      }
-    }
-  }
-  for (std::thread& thread : threads) thread.join();
-  return 0;
-}
-
-enum class Layout {
-  planar,
-  pixels,
-  pixels_and_one,
-  padded_rows,
-  spread,
-  same_image,
-  count,
-};
 
 // Ways to go backwards through any layout, or to stay where one is.
 struct Turns {
@@ -160,29 +91,6 @@ struct Case {
   Turns turns{};
 };
 
-void set_strides(int64_t (&strides)[4], const int64_t (&sizes)[4], Layout layout) {
-  const int64_t c = sizes[1], h = sizes[2], w = sizes[3];
-  const auto set = [&](int64_t sn, int64_t sc, int64_t sh, int64_t sw) {
-    const int64_t values[4] = {sn, sc, sh, sw};
-    std::memcpy(strides, values, sizeof values);
-  };
-  switch (layout) {
-    case Layout::planar:
-    case Layout::count:
-      return set(c * h * w, h * w, w, 1);
-    case Layout::pixels:
-      return set(c * h * w, 1, c * w, c);
-    case Layout::pixels_and_one:
-      return set((c + 1) * h * w, 1, (c + 1) * w, c + 1);
-    case Layout::padded_rows:
-      return set(c * h * (w + 3), h * (w + 3), w + 3, 1);
-    case Layout::spread:
-      return set(2 * c * h * w, 2 * h * w, 2 * w, 2);
-    case Layout::same_image:
-      return set(0, h * w, w, 1);
-  }
-}
-
 void turn(int64_t (&strides)[4], const Turns& turns) {
   if (turns.one_channel) strides[1] = 0;
   if (turns.backward) strides[1] = -strides[1];
@@ -201,12 +109,6 @@ Reach reach(const int64_t (&sizes)[4], const int64_t (&strides)[4]) {
     (way < 0 ? reach.before : reach.end) += way < 0 ? -way : way;
   }
   return reach;
-}
-
-uint8_t next_byte() {
-  static uint32_t state = 1;
-  state = state * 1664525u + 1013904223u;
-  return static_cast<uint8_t>(state >> 24);
 }
 
 // Every second time, none.
@@ -249,7 +151,6 @@ bool run(const Case& test) {
   args.images = images.data() + images_reach.before - (planted == Planted::early_input ? 1 : 0);
   args.output = output.data() + (misaligned ? 1 : 0);
 
-  set_active_isa(test.isa);
   const std::vector<uint8_t> before(images.data(), images.data() + image_bytes - cut_images);
   if (normalize_cpu(args, parallel_for) != 0) return false;
   if (!std::equal(before.begin(), before.end(), images.data())) {
@@ -357,7 +258,6 @@ bool run_crop(Isa isa, ElementType dtype, int64_t channels, Layout output) {
   const GuardedMemory out(pixels * channels * element_bytes(dtype) - cut, at_end);
   const GuardedMemory mask(pixels, at_end);
   call.set_output(out.data(), strides, mask.data());
-  set_active_isa(isa);
   if (crop_mirror_normalize_cpu(call.args, parallel_for) != 0) return false;
 
   for (int64_t n = 0; n < count; ++n)
@@ -453,31 +353,12 @@ bool run_crops_on(Isa isa, int64_t& cases) {
   return true;
 }
 
+bool run_all_on(Isa isa, int64_t& cases) {
+  return (only_crops || run_loops_on(isa, cases)) && run_crops_on(isa, cases);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
-  for (int i = 1; i < argc; ++i) {
-    const std::string argument = argv[i];
-    bool known = argument == "threads" || argument == "crop";
-    use_threads = use_threads || argument == "threads";
-    only_crops = only_crops || argument == "crop";
-    for (size_t k = 0; k < std::size(kPlantedNames); ++k) {
-      if (argument != std::string("planted=") + kPlantedNames[k]) continue;
-      planted = static_cast<Planted>(k);
-      known = true;
-    }
-    if (!known) {
-      std::printf("unknown argument %s\n", argv[i]);
-      return 2;
-    }
-  }
-  for (const Isa isa : {Isa::portable, Isa::avx2, Isa::avx512, Isa::neon}) {
-    if (!is_wanted(isa)) continue;
-    int64_t cases = 0;
-    if (!only_crops && !run_loops_on(isa, cases)) return 1;
-    if (!run_crops_on(isa, cases)) return 1;
-    std::printf("isa %d: %ld cases\n", static_cast<int>(isa), static_cast<long>(cases));
-    std::fflush(stdout);
-  }
-  return 0;
+  return run_program(argc, argv, run_all_on, kIsasOfFloats, {{"crop", &only_crops}});
 }

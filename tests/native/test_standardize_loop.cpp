@@ -1,62 +1,18 @@
 // `standardize_per_image` without torch and Python, on memory of exactly the size that it may
 // touch, against the definition in more digits, one value at a time.
-//
-//   threads             the parts of each call run at the same time
-//   planted=NAME        a fault that must be noticed: see `Planted`
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
-#include <string>
-#include <thread>
-#include <vector>
 
 #include "common/isa.h"
 #include "guarded_memory.h"
+#include "loop_program.h"
 #include "standardize_per_image/standardize_per_image.h"
-#include "wanted_isas.h"
 
 using namespace pixfuse;
 
 namespace {
-
-enum class Planted {
-  none,
-  short_input,   // the images end one byte early
-  early_input,   // the images begin one byte late
-  short_output,  // the output ends one byte early
-  wrong_value,   // one expected value is its neighbour
-  race,          // two threads do the same work
-};
-constexpr const char* kPlantedNames[] = {"none",         "short_input", "early_input",
-                                         "short_output", "wrong_value", "race"};
-Planted planted = Planted::none;
-bool use_threads = false;
-
-int32_t parallel_for(int64_t begin, int64_t end, int64_t, void (*body)(int64_t, int64_t, void*),
-                     void* context) {
-  // Parts of different lengths, the last one first.
-  std::vector<std::thread> threads;
-  const int64_t part = (end - begin) / 3 + 1;
-  for (int64_t last = end; last > begin; last -= part) {
-    const int64_t first = std::max(begin, last - part);
-    for (int copies = planted == Planted::race ? 2 : 1; copies > 0; --copies) {
-      if (use_threads) {
-        threads.emplace_back(body, first, last, context);
-      } else {
-        body(first, last, context);
-      }
-    }
-  }
-  for (std::thread& thread : threads) thread.join();
-  return 0;
-}
-
-uint8_t next_byte() {
-  static uint32_t state = 1;
-  state = state * 1664525u + 1013904223u;
-  return static_cast<uint8_t>(state >> 24);
-}
 
 void set_strides(int64_t (&strides)[4], const int64_t (&sizes)[4], bool pixels, int64_t row_gap) {
   const int64_t c = sizes[1], h = sizes[2], w = sizes[3];
@@ -143,7 +99,6 @@ bool run(const Case& test) {
   args.squares = reinterpret_cast<int64_t*>(squares.data());
   args.constants = reinterpret_cast<ChannelConstants*>(constants.data());
 
-  set_active_isa(test.isa);
   if (standardize_per_image_cpu(args, parallel_for) != 0) return false;
   const int64_t* in = args.image_strides;
   const int64_t* out = args.output_strides;
@@ -208,27 +163,4 @@ bool run_all_on(Isa isa, int64_t& cases) {
 
 }  // namespace
 
-int main(int argc, char** argv) {
-  for (int i = 1; i < argc; ++i) {
-    const std::string argument = argv[i];
-    bool known = argument == "threads";
-    use_threads = use_threads || known;
-    for (size_t k = 0; k < std::size(kPlantedNames); ++k) {
-      if (argument != std::string("planted=") + kPlantedNames[k]) continue;
-      planted = static_cast<Planted>(k);
-      known = true;
-    }
-    if (!known) {
-      std::printf("unknown argument %s\n", argv[i]);
-      return 2;
-    }
-  }
-  for (const Isa isa : {Isa::portable, Isa::avx2, Isa::avx512, Isa::neon}) {
-    if (!is_wanted(isa)) continue;
-    int64_t cases = 0;
-    if (!run_all_on(isa, cases)) return 1;
-    std::printf("isa %d: %ld cases\n", static_cast<int>(isa), static_cast<long>(cases));
-    std::fflush(stdout);
-  }
-  return 0;
-}
+int main(int argc, char** argv) { return run_program(argc, argv, run_all_on); }
