@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import pixfuse
 from pixfuse import _shared_memory
-from tests.processes import shared_mappings, wait_for
+from tests.processes import PATIENCE_SECONDS, shared_mappings, wait_for
 
 BYTES = pixfuse.Collate(dtype=torch.uint8)
 
@@ -157,6 +157,22 @@ def test_what_a_worker_makes_of_a_batch() -> None:
     for *several, labels in loader_of(in_the_middle, 100):
         for images in several:
             assert_untouched(images, labels[: len(images)])
+
+
+def with_gradients(samples: Any) -> Any:
+    """In a worker as in the main process: an error while a batch is sent would never arrive."""
+    images, labels = pixfuse.Collate()(samples)
+    images.requires_grad_()
+    return images, pickle.loads(pickle.dumps(images)), copy.deepcopy(images), labels
+
+
+def test_a_batch_that_requires_gradients_is_sent_as_a_leaf() -> None:
+    kept = list(loader_of(with_gradients, 80, timeout=PATIENCE_SECONDS))
+    for *several, labels in kept:
+        for images in several:
+            assert images.is_leaf
+            assert images.requires_grad
+            assert_untouched((images.detach() * 255).round().to(torch.uint8), labels)
 
 
 def twice(samples: Any) -> Any:

@@ -54,10 +54,16 @@ class SharedTensor(torch.Tensor):
     # Copies are not in the block.
 
     def __deepcopy__(self, memo: Any) -> torch.Tensor:
-        return copy.deepcopy(self.as_subclass(torch.Tensor), memo)
+        return copy.deepcopy(self.plain(), memo)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.as_subclass(torch.Tensor).__reduce_ex__(protocol)
+        return self.plain().__reduce_ex__(protocol)
+
+    def plain(self) -> torch.Tensor:
+        """The same memory as an ordinary tensor, a leaf where this is one."""
+        if self.is_leaf:  # as_subclass() would make another of it, which torch does not send
+            return self.detach().requires_grad_(self.requires_grad)
+        return self.as_subclass(torch.Tensor)
 
 
 class _Block:
@@ -159,7 +165,7 @@ def _reduce(tensor: SharedTensor) -> Any:
         or tensor.requires_grad
         or block not in _blocks
     ):
-        return reduce_tensor(tensor.as_subclass(torch.Tensor))
+        return reduce_tensor(tensor.plain())
     if int(block.trailer[0]) != block.sent:
         _blocks.remove(block)  # on its way twice: nobody could tell when both are done
     block.sent += 1
