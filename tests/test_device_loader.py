@@ -140,6 +140,7 @@ def test_structures(place: torch.device, prefetch: int) -> None:
         "ordered": collections.OrderedDict(b=images, a=flags),
         "default": collections.defaultdict(torch.Tensor, x=images),
         "user": collections.UserDict(x=images),
+        "counter": collections.Counter(cat=3, dog=1),
         "proxy": MappingProxyType({"x": images}),
         "deque": collections.deque([images], maxlen=3),
         "packed": packed,
@@ -167,6 +168,7 @@ def test_structures(place: torch.device, prefetch: int) -> None:
     assert list(out["ordered"]) == ["b", "a"]
     assert out["default"].default_factory is torch.Tensor
     assert out["tagged"].tag == "kept"
+    assert out["counter"] == {"cat": 3, "dog": 1}
     assert out["deque"].maxlen == 3
     assert (out["dataclass"].name, out["dataclass"].size) == ("name", 7)
     assert torch.equal(out["list"][0].cpu(), mask)

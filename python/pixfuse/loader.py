@@ -227,7 +227,8 @@ def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
             return mapped
         if isinstance(value, MutableMapping):  # may hold more than its items
             clone = copy.copy(value)
-            clone.update(mapped)
+            for key, item in mapped.items():  # a Counter's update() adds, a ModelOutput's raises
+                clone[key] = item
             return clone
         return type(value)(mapped)  # type: ignore[call-arg]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
