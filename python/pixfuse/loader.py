@@ -67,6 +67,10 @@ class DeviceLoader:
     ``batch_size``, ``sampler``, ``set_epoch`` …); one that is set is set here, and the loader does
     not see it: set it on ``.loader``. It can be pickled if the loader can.
 
+    What the loader says of its progress (the ``state_dict`` of one that can go on where it stopped,
+    accelerate's ``end_of_dataloader``) is up to ``prefetch`` batches ahead of the consumer: take
+    ``prefetch=0`` where somebody goes by that.
+
     Args:
         loader: any iterable of batches: a ``DataLoader``, a list, a generator (for one iteration).
             A batch is a tensor, or tuples, lists, mappings, named tuples and dataclasses of them,
