@@ -171,6 +171,17 @@ def test_options(dtype: torch.dtype, memory_format: torch.memory_format) -> None
         assert_same_bits(actual, expected)
 
 
+@pytest.mark.parametrize("form", [tuple, list, np.array, torch.tensor])
+@pytest.mark.parametrize("normalization", [pixfuse.IMAGENET, pixfuse.PerImageStandardization()])
+def test_a_fill_of_any_form(normalization: Any, form: Callable[[Any], Any]) -> None:
+    """As crop_mirror_normalize takes it."""
+    images = [pillow()]
+    options: dict[str, Any] = {"size": 20, "crop": "center", "out_of_bounds": "pad"}
+    expected = pixfuse.Collate(normalization, fill=(1, 2, 250), **options)(images)
+    actual = pixfuse.Collate(normalization, fill=form((1, 2, 250)), **options)(images)
+    assert_same_bits(actual, expected)
+
+
 def test_kinds_of_images_mix() -> None:
     image = pillow()
     array = np.asarray(image)

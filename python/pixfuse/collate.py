@@ -144,7 +144,7 @@ class Collate:
         """Here, rather than in a worker at the first batch: one pixel is enough to check them."""
         pixel = [np.zeros((1, 1), np.uint8)]
         resolve_size(read_images(pixel), self.size)
-        values = max(len(getattr(self.normalization, "mean", ())), np.size(self.fill), 1)
+        values = max(len(getattr(self.normalization, "mean", ())), np.asarray(self.fill).size, 1)
         options = self._options() | {"channels": values if self.channels is None else self.channels}
         per_image = isinstance(self.normalization, PerImageStandardization)
         normalization: Any = UNIT if per_image else self.normalization
