@@ -67,6 +67,10 @@ class DeviceLoader:
     ``batch_size``, ``sampler``, ``set_epoch`` …); one that is set is set here, and the loader does
     not see it: set it on ``.loader``. It can be pickled if the loader can.
 
+    What shares out a ``DataLoader`` over processes, as Lightning and accelerate do, takes a
+    ``DeviceLoader`` as it is, so that each process sees everything: give the loader inside a
+    ``DistributedSampler``, or wrap what accelerate has prepared.
+
     What the loader says of its progress (the ``state_dict`` of one that can go on where it stopped,
     accelerate's ``end_of_dataloader``) is up to ``prefetch`` batches ahead of the consumer: take
     ``prefetch=0`` where somebody goes by that.
