@@ -251,6 +251,26 @@ def test_channels_are_where_the_layer_before_puts_them(
     assert_same(only(monitor).total, expected_activity(output > 0, output, dim))
 
 
+@pytest.mark.parametrize(
+    ("layers", "shape", "dim"),
+    [
+        ([nn.Conv2d(3, 8, 1), nn.Conv2d(8, 6, 1)], (2, 8, 6, 5), 1),  # as ResNet's bottleneck
+        ([nn.Conv2d(3, 8, 1), nn.Conv2d(8, 6, 1)], (2, 8, 5, 6), 1),
+        ([nn.Linear(6, 8), nn.Linear(8, 6), nn.LayerNorm(6)], (2, 6, 8), 2),  # as a transformer's
+        ([nn.Linear(6, 8), nn.Linear(8, 6), nn.LayerNorm(6)], (2, 7, 8), 2),
+        ([nn.Conv2d(3, 6, 1)], (6, 20, 6), 2),  # into tokens, of as many images
+    ],
+)
+def test_channels_where_a_size_is_that_of_another_layer(
+    layers: list[nn.Module], shape: tuple[int, ...], dim: int
+) -> None:
+    """What an activation follows is not always what is defined last before it."""
+    model = nn.ModuleList([*layers, nn.ReLU()])
+    monitor = DeadUnitMonitor(model)
+    output = model[-1](torch.randn(shape))
+    assert_same(only(monitor).total, expected_activity(output > 0, output, dim))
+
+
 def test_channels_that_nobody_can_tell() -> None:
     model = nn.Sequential(nn.ReLU())
     DeadUnitMonitor(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -87,13 +88,14 @@ def channels_of(module: nn.Module) -> Channels | None:
 
 
 def find_channel_dim(
-    name: str, output: torch.Tensor, chosen: int | None, before: Channels | None
+    name: str, output: torch.Tensor, chosen: int | None, before: Sequence[Channels]
 ) -> int:
     """The dimension of the channels, from 0.
 
-    As chosen; else where the layer before puts them, if as many are there, or the only one in
-    which there are as many; else the second, but the last of two. Of three dimensions nothing can
-    be said without a layer before that fits.
+    As chosen; else where the nearest layer before that fits puts them: an activation that several
+    layers share is not always called after the last one. If none fits, the only dimension in which
+    there are as many as the last layer has; else the second, but the last of two. Of three
+    dimensions nothing can be said without a layer before that fits.
     """
     dims = output.dim()
     if chosen is not None:
@@ -103,13 +105,18 @@ def find_channel_dim(
                 f"of shape {tuple(output.shape)}, got {chosen}"
             )
         return chosen % dims
-    if before is not None and -before.dim <= dims:
-        dim = before.dim % dims
-        if before.count in (None, 0, output.shape[dim]):
-            return dim
-        fitting = [d for d in range(1, dims) if output.shape[d] == before.count]
-        if len(fitting) == 1:
-            return fitting[0]
+    for index, layer in enumerate(before):
+        unknown = index == 0 and layer.count in (None, 0)
+        # Not the first dimension: a batch may be as large by chance.
+        if -layer.dim < dims and (unknown or output.shape[layer.dim] == layer.count):
+            return layer.dim % dims
+    if before:
+        fitting = [d for d in range(dims) if output.shape[d] == before[0].count]
+        behind = [d for d in fitting if d > 0]
+        if len(behind) == 1:
+            return behind[0]
+        if fitting == [0] and before[0].dim == -dims:
+            return 0  # one image, without a batch
     if dims in (1, 2):
         return dims - 1
     if dims >= 4:

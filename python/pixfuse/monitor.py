@@ -45,12 +45,16 @@ class _Watched:
     """A module whose units are counted; one record, or one for each call within a forward."""
 
     def __init__(
-        self, name: str, module: nn.Module, firing: Firing | None, before: Channels | None
+        self,
+        name: str,
+        module: nn.Module,
+        firing: Firing | None,
+        before: tuple[Channels, ...],
     ) -> None:
         self.name = name
         self.module = module
         self.firing = firing  # None: the module counts by itself
-        self.before = before
+        self.before = before  # the layers before it, the nearest first
         self.records: list[Record] = []
         self.calls = 0
         self.moments: torch.Tensor | None = None
@@ -131,8 +135,8 @@ class DeadUnitMonitor:
             What ran outside of a forward of the whole model belongs to the step that ends next.
         merge_calls: count several calls of one activation in a forward as the same units.
         channel_dims: from a layer's name to the dimension of its channels. Default: where the
-            layer defined before it puts them, which is 1 for convolutions and -1 for linear
-            layers; without one that fits, 1, but the last of two.
+            nearest layer defined before it that has as many puts them, which is 1 for convolutions
+            and -1 for linear layers; without one that fits, 1, but the last of two.
         blocks: the window is kept as this many sums, so memory is bounded: it moves on by
             ``window / blocks`` steps at a time, holds at most ``window`` steps and says how many.
             As large as ``window``, it is exactly the last ``window`` steps. Each channel takes
@@ -716,7 +720,7 @@ def _first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
 
 
 def _find_layers(model: nn.Module, names: Sequence[str] | None) -> list[_Watched]:
-    """The layers to watch, each with where the layer before it in the model puts its channels."""
+    """The layers to watch, each with where those before it in the model put their channels."""
     while True:  # to the model that somebody wrote, whose names everybody knows
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
@@ -734,16 +738,17 @@ def _find_layers(model: nn.Module, names: Sequence[str] | None) -> list[_Watched
                 f"{name!r}; model.named_modules() lists them"
             )
     found: list[_Watched] = []
-    before: Channels | None = None
+    before: tuple[Channels, ...] = ()  # the nearest first
     for name, module in modules.items():
         counts = callable(getattr(module, "register_activity_hook", None))
         own = channels_of(module)
+        up_to_here = before if own is None else tuple(dict.fromkeys((own, *before)))
         firing = firing_of(module)
         if firing is None and not counts and names is not None and name in names:
-            found.append(_Watched(name, module, firing_after(module), own or before))
+            found.append(_Watched(name, module, firing_after(module), up_to_here))
         elif (counts or firing is not None) and (names is None or name in names):
             found.append(_Watched(name, module, None if counts else firing, before))
-        before = own or before
+        before = up_to_here
     if not found:
         raise ValueError(
             "DeadUnitMonitor: expected a model with activation modules, got none; name the layers "
