@@ -741,20 +741,47 @@ def fresh_compiler() -> Any:
 
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("fullgraph", [False, True])
-def test_a_compiled_model(fullgraph: bool) -> None:
+@pytest.mark.parametrize("way", ["wrapped", "wrapped later", "in place"])
+def test_a_compiled_model(way: str, fullgraph: bool) -> None:
     model = Reusing()
     plain = copy.deepcopy(model)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=fullgraph)
+    watched: nn.Module = model
+    options: dict[str, Any] = {"backend": "aot_eager", "fullgraph": fullgraph}
+    if way == "wrapped":
+        watched = cast(nn.Module, torch.compile(model, **options))
+    elif way == "in place":
+        model.compile(**options)
     # Made before the first call, which compiles the counting too.
-    wrapped = cast(nn.Module, compiled)
-    with DeadUnitMonitor(wrapped, 4) as monitor, DeadUnitMonitor(plain, 4) as expected:
-        for step in range(6):
-            images = torch.randn(2 + (step == 5), 3, 9, 9)
+    with DeadUnitMonitor(watched, 4) as monitor, DeadUnitMonitor(plain, 4) as expected:
+        compiled = torch.compile(model, **options) if way == "wrapped later" else watched
+        for step in range(12):
+            images = torch.randn(2 + (step == 11), 3, 9, 9)
             compiled(images).sum().backward()
             plain(images)
     assert_same_reports(monitor.report(), expected.report(), 1e-6)
     compiled(images)
-    assert monitor.report()["relu"].total.images == 13, "closed"
+    assert monitor.report()["relu"].total.images == 25, "closed"
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("auto_step", [True, False])
+@torch.no_grad()
+def test_compiled_together_with_what_calls_the_model(auto_step: bool) -> None:
+    """No step is compiled anew, and with ``auto_step=False`` it is one graph."""
+    model = Reusing()
+    monitor = DeadUnitMonitor(model, auto_step=auto_step)
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    run = torch.compile(lambda x: model(x).sum(), backend=backend, fullgraph=not auto_step)
+    for _ in range(20):
+        run(torch.randn(2, 3, 9, 9))
+    assert len(graphs) <= (4 if auto_step else 2)  # before and after the records are made
+    assert monitor.steps == 20 * auto_step
+    assert monitor.report()["relu#2"].total.images == 40
 
 
 @pytest.mark.usefixtures("fresh_compiler")

@@ -93,6 +93,18 @@ class _Hook:
         return _Hook, ()
 
 
+def _untraced_hook(function: Any) -> _Hook:
+    """One that torch.compile does not look into: it would compile again for each value it sees."""
+
+    class Untraced(_Hook):
+        __call__ = torch.compiler.disable(
+            _Hook.__call__,
+            reason="DeadUnitMonitor ends a step here; with auto_step=False nothing is in the way",
+        )
+
+    return Untraced(function)
+
+
 class DeadUnitMonitor:
     """Count, over the steps of training or evaluation, which units of a model fire.
 
@@ -111,8 +123,10 @@ class DeadUnitMonitor:
     units, under ``name#2``, ``name#3``; a layer with weights has the same units in all calls.
     Layers that checkpointing runs again in the backward pass are not counted again. Give it the
     model that ``torch.compile`` made, before its first call: the counting becomes part of the
-    graph, also with ``fullgraph=True``. What was compiled before is not seen: such layers never
-    ran, says the table. A copy or a pickle of the model does not count for this monitor.
+    graph, also with ``fullgraph=True``. Where what calls the model is compiled too, a graph ends
+    with each step; ``auto_step=False`` keeps it whole. What was compiled before is not seen: such
+    layers never ran, says the table. A copy or a pickle of the model does not count for this
+    monitor.
 
     Args:
         model: whose layers are watched, on any device; one that was wrapped by
@@ -222,7 +236,8 @@ class DeadUnitMonitor:
         for watched in self._watched:
             self._handles += self._hook(watched)
         self._handles.append(model.register_forward_pre_hook(_Hook(self._begin)))
-        self._handles.append(model.register_forward_hook(_Hook(self._end)))
+        if auto_step:
+            self._handles.append(model.register_forward_hook(_untraced_hook(self._end)))
 
     # --- during a step: nothing here may wait for the device ---
 
@@ -256,7 +271,7 @@ class DeadUnitMonitor:
                 watched.calls = 0
 
     def _end(self, *_: object) -> None:
-        if self.auto_step and self._listens():
+        if self._listens():
             self.step()
 
     def _look_before(self, watched: _Watched, args: Any, kwargs: Any) -> None:
