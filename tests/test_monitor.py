@@ -809,6 +809,29 @@ def test_a_model_that_was_compiled_before() -> None:
     assert "never ran: relu" in monitor.table()
 
 
+@pytest.mark.filterwarnings("ignore")  # as in test_nn.py
+@pytest.mark.parametrize(
+    "record",
+    [
+        lambda model, images: torch.export.export(model, (images,), strict=False).module(),
+        lambda model, images: torch.jit.trace(model, images, check_trace=False),
+    ],
+    ids=["export", "trace"],
+)
+@pytest.mark.parametrize("ran", [False, True])
+def test_what_is_recorded_is_no_step(record: Callable[..., Any], ran: bool) -> None:
+    model, images = small_network(), torch.randn(4, 3, 8, 8)
+    monitor = DeadUnitMonitor(model, pre_activation=True)
+    if ran:
+        model(images)
+    recorded = record(model, images)
+    assert torch.equal(recorded(images), model(images))
+    assert monitor.steps == 1 + ran
+    assert monitor.report()["1"].total.images == 4 * (1 + ran)
+    graph = getattr(recorded, "inlined_graph", None) or recorded.graph
+    assert "add_" not in str(graph), "the counting"
+
+
 # --- copies, and going on ---
 
 

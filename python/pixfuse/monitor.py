@@ -99,7 +99,7 @@ def _untraced_hook(function: Any) -> _Hook:
     class Untraced(_Hook):
         __call__ = torch.compiler.disable(
             _Hook.__call__,
-            reason="DeadUnitMonitor ends a step here; with auto_step=False nothing is in the way",
+            reason="DeadUnitMonitor ends a step here: close it, or make it with auto_step=False",
         )
 
     return Untraced(function)
@@ -121,12 +121,12 @@ class DeadUnitMonitor:
     ``layers``. Activations of :class:`pixfuse.nn.ConvBiasReLU2d` are taken as its kernel counted
     them. Where an activation module is called several times in a forward, each call has its own
     units, under ``name#2``, ``name#3``; a layer with weights has the same units in all calls.
-    Layers that checkpointing runs again in the backward pass are not counted again. Give it the
-    model that ``torch.compile`` made, before its first call: the counting becomes part of the
-    graph, also with ``fullgraph=True``. Where what calls the model is compiled too, a graph ends
-    with each step; ``auto_step=False`` keeps it whole. What was compiled before is not seen: such
-    layers never ran, says the table. A copy or a pickle of the model does not count for this
-    monitor.
+    Layers that checkpointing runs again in the backward pass are not counted again; recording the
+    model, by ``torch.export`` or ``torch.jit.trace``, is no step. Give it the model that
+    ``torch.compile`` made, before its first call: the counting becomes part of the graph, also with
+    ``fullgraph=True``. Where what calls the model is compiled too, a graph ends with each step;
+    ``auto_step=False`` keeps it whole. What was compiled before is not seen: such layers never ran,
+    says the table. A copy or a pickle of the model does not count for this monitor.
 
     Args:
         model: whose layers are watched, on any device; one that was wrapped by
@@ -262,6 +262,8 @@ class DeadUnitMonitor:
     def _listens(self) -> bool:
         if self._closed or (self.only_training and not self._model.training):
             return False
+        if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
+            return False  # that is no step, and the counting would be recorded with the model
         # Within a backward pass it is checkpointing that runs a layer again.
         return torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1
 
