@@ -1003,11 +1003,23 @@ def rank(number, count, file):
         assert_same_reports(merged, expected.report(), 1e-12)
     assert merged["relu"].dead.tolist() == [False, True, False, False]
     assert merged["relu"].steps_since_fired[1] == 7
+    if number == 0:
+        model(images[:1])  # one more step than the other rank
+    merged = mine.all_reduce()
+    assert (merged.steps, merged.window_steps) == (8, 4)
     other = pixfuse.DeadUnitMonitor(model, window=4 + number)
     try:
         other.all_reduce()
     except ValueError as error:
         assert "expected all ranks to watch the same layers" in str(error)
+        print("refused")
+    act = torch.nn.ReLU()
+    wider = pixfuse.DeadUnitMonitor(act)
+    act(torch.randn(2, 3 + number))
+    try:
+        wider.all_reduce()
+    except ValueError as error:
+        assert "expected '' to have as many channels on all ranks, got 3 and 4" in str(error)
         print("refused")
     if number == 0:
         print("equal")
@@ -1028,7 +1040,7 @@ def test_all_reduce(tmp_path: Path) -> None:
     result = python(f"import sys; sys.argv.append({str(tmp_path / 'store')!r})\n{RANKS}")
     assert result.returncode == 0, result.stderr
     assert "equal" in result.stdout
-    assert result.stdout.count("refused") == 2
+    assert result.stdout.count("refused") == 4
 
 
 def test_all_reduce_without_ranks() -> None:

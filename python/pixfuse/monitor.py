@@ -365,10 +365,13 @@ class DeadUnitMonitor:
     @property
     def window_steps(self) -> int:
         """How many of the last steps the window holds now."""
-        if self.steps == 0:
+        return self._window_after(self.steps)
+
+    def _window_after(self, steps: int) -> int:
+        if steps == 0:
             return 0
-        in_block = (self.steps - 1) % self._block_steps + 1
-        return min(self.steps, (self._blocks - 1) * self._block_steps + in_block)
+        in_block = (steps - 1) % self._block_steps + 1
+        return min(steps, (self._blocks - 1) * self._block_steps + in_block)
 
     def report(self) -> MonitorReport:
         """Read the counts: what waits for the device.
@@ -404,7 +407,7 @@ class DeadUnitMonitor:
                 index += 1
         ran = {layer.name for layer in layers}
         missing = tuple(watched.name for watched in self._watched if watched.name not in ran)
-        return MonitorReport(steps, self.window_steps, tuple(layers), missing)
+        return MonitorReport(steps, self._window_after(steps), tuple(layers), missing)
 
     def table(self) -> str:
         """Make a table of all layers, in plain text.
@@ -457,7 +460,8 @@ class DeadUnitMonitor:
     def all_reduce(self, group: ProcessGroup | None = None) -> MonitorReport:
         """Report what all ranks of a process group counted together.
 
-        Counts are summed, and a unit fired last when it last did on any rank. The monitors
+        Counts are summed, and a unit fired last when it last did on any rank. Of unequal numbers of
+        steps the largest is reported; each rank's window is of its own last ones. The monitors
         themselves stay as they are, so it can be called again and again.
 
         Args:
@@ -485,14 +489,18 @@ class DeadUnitMonitor:
         # After the exchange, so that all ranks fail when one does.
         every: dict[str, tuple[int, int]] = {}
         for their_names, their_window, _, their_shapes in gathered:
-            if (their_names, their_window) != (names, window) or any(
-                every.setdefault(key, shape) != shape for key, shape in their_shapes.items()
-            ):
+            if (their_names, their_window) != (names, window):
                 raise ValueError(
                     "DeadUnitMonitor.all_reduce: expected all ranks to watch the same layers in "
                     f"the same way, got {names} and {their_names}, windows {window} and "
                     f"{their_window}"
                 )
+            for key, shape in their_shapes.items():
+                if every.setdefault(key, shape) != shape:
+                    raise ValueError(
+                        f"DeadUnitMonitor.all_reduce: expected {key!r} to have as many channels on "
+                        f"all ranks, got {every[key][1] - 1} and {shape[1] - 1}"
+                    )
         steps = max(entry[2] for entry in gathered)
         if not every:
             return self._report({}, steps)
