@@ -652,10 +652,13 @@ def test_the_counts_follow_the_model_to_another_device() -> None:
 
 
 def test_data_parallel_is_refused() -> None:
-    with pytest.raises(
-        NotImplementedError, match=r"^DeadUnitMonitor: .* got torch.nn.DataParallel; use Distrib"
-    ):
-        DeadUnitMonitor(nn.DataParallel(small_network()))
+    """Also of a part, as of AlexNet's features."""
+    parallel = nn.DataParallel(small_network())
+    for model in (parallel, nn.Sequential(parallel, nn.ReLU())):
+        with pytest.raises(
+            NotImplementedError, match=r"^DeadUnitMonitor: .* got torch.nn.DataParallel; use Dist"
+        ):
+            DeadUnitMonitor(model)
 
 
 # --- nothing waits for the device ---

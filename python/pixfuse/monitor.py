@@ -76,7 +76,7 @@ class _Watched:
         return self.name if index == 0 else f"{self.name}#{index + 1}"
 
 
-class _Hook:
+class MonitorHook:
     """Calls a function. A copy of it, in a copy of the model, calls nobody."""
 
     def __init__(self, function: Any = None) -> None:
@@ -86,19 +86,19 @@ class _Hook:
         if self.function is not None:
             self.function(*args)
 
-    def __deepcopy__(self, memo: object) -> _Hook:
-        return _Hook()
+    def __deepcopy__(self, memo: object) -> MonitorHook:
+        return MonitorHook()
 
-    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
-        return _Hook, ()
+    def __reduce__(self) -> tuple[type[MonitorHook], tuple[()]]:
+        return MonitorHook, ()
 
 
-def _untraced_hook(function: Any) -> _Hook:
+def _untraced_hook(function: Any) -> MonitorHook:
     """One that torch.compile does not look into: it would compile again for each value it sees."""
 
-    class Untraced(_Hook):
+    class Untraced(MonitorHook):
         __call__ = torch.compiler.disable(
-            _Hook.__call__,
+            MonitorHook.__call__,
             reason="DeadUnitMonitor ends a step here: close it, or make it with auto_step=False",
         )
 
@@ -126,7 +126,8 @@ class DeadUnitMonitor:
     ``torch.compile`` made, before its first call: the counting becomes part of the graph, also with
     ``fullgraph=True``. Where what calls the model is compiled too, a graph ends with each step;
     ``auto_step=False`` keeps it whole. What was compiled before is not seen: such layers never ran,
-    says the table. A copy or a pickle of the model does not count for this monitor.
+    says the table. A copy or a pickle of the model does not count for this monitor; nor can it
+    tell forwards apart that run in several threads at once.
 
     Args:
         model: whose layers are watched, on any device; one that was wrapped by
@@ -164,7 +165,7 @@ class DeadUnitMonitor:
         TypeError: ``model`` is not a module.
         ValueError: a number out of range, a name that is not in the model, no layer to watch, or,
             in the first forward, channels that cannot be told.
-        NotImplementedError: ``torch.nn.DataParallel``, whose copies run side by side.
+        NotImplementedError: ``torch.nn.DataParallel`` in it, whose copies run side by side.
 
     Equivalent to::
 
@@ -195,7 +196,7 @@ class DeadUnitMonitor:
                 f"DeadUnitMonitor: expected model to be a torch.nn.Module, got "
                 f"{type(model).__name__}"
             )
-        if isinstance(model, nn.DataParallel):
+        if any(isinstance(module, nn.DataParallel) for module in model.modules()):
             raise NotImplementedError(
                 "DeadUnitMonitor: expected a model whose layers run once for each batch, got "
                 "torch.nn.DataParallel; use DistributedDataParallel"
@@ -235,7 +236,7 @@ class DeadUnitMonitor:
         self._handles: list[Any] = []
         for watched in self._watched:
             self._handles += self._hook(watched)
-        self._handles.append(model.register_forward_pre_hook(_Hook(self._begin)))
+        self._handles.append(model.register_forward_pre_hook(MonitorHook(self._begin)))
         if auto_step:
             self._handles.append(model.register_forward_hook(_untraced_hook(self._end)))
 
@@ -245,17 +246,17 @@ class DeadUnitMonitor:
         module = watched.module
         if watched.firing is None:
             yield module.register_activity_hook(  # type: ignore[operator]
-                _Hook(lambda _, activity: self._take(watched, activity))
+                MonitorHook(lambda _, activity: self._take(watched, activity))
             )
             return
         # Before, because an activation in place overwrites what it gets.
         if self._pre_activation and watched.firing.rule != "before":
             yield module.register_forward_pre_hook(
-                _Hook(lambda _, args, kwargs: self._look_before(watched, args, kwargs)),
+                MonitorHook(lambda _, args, kwargs: self._look_before(watched, args, kwargs)),
                 with_kwargs=True,
             )
         yield module.register_forward_hook(
-            _Hook(lambda _, args, kwargs, output: self._look(watched, args, kwargs, output)),
+            MonitorHook(lambda _, args, kwargs, output: self._look(watched, args, kwargs, output)),
             with_kwargs=True,
         )
 
