@@ -1016,6 +1016,18 @@ def test_a_monitor_counts_the_same_of_a_fused_model() -> None:
     assert_same_activity(after, before)
 
 
+def test_a_model_that_is_monitored() -> None:
+    model = initialized(Small(nn.ReLU(), norm=nn.BatchNorm2d(8))).eval()
+    with pixfuse.DeadUnitMonitor(model, pre_activation=True) as monitor:
+        for watched in (model, copy.deepcopy(model)):
+            fused, report = fuse(watched)
+            assert [step.name for step in report.fused] == ["first"]
+            assert_close(fused(INPUT), copy.deepcopy(model)(INPUT), "folded")
+        assert monitor.steps == 0
+        model(INPUT)
+        assert (monitor.steps, len(monitor.report())) == (1, 1), "it still counts"
+
+
 def test_one_norm_behind_two_convolutions() -> None:
     class Shared(nn.Module):
         def __init__(self) -> None:

@@ -12,6 +12,7 @@ from torch import fx, nn
 from torch.nn.functional import conv2d, relu
 
 from pixfuse._convolution_autograd import OUTPUT_DTYPE_CODES
+from pixfuse.monitor import MonitorHook
 
 # ---- the report ----------------------------------------------------------------------------------
 
@@ -104,7 +105,10 @@ def forward_is_its_own(module: nn.Module) -> bool:
 
 
 def copy_that_shares_tensors(model: nn.Module) -> nn.Module:
-    """New modules with the same parameters, buffers, and other tensors that they hold."""
+    """New modules with the same parameters, buffers, and other tensors that they hold.
+
+    Without hooks of a DeadUnitMonitor, which do nothing in a copy.
+    """
     tensors = [
         tensor
         for module in model.modules()
@@ -113,12 +117,18 @@ def copy_that_shares_tensors(model: nn.Module) -> nn.Module:
         if isinstance(tensor, torch.Tensor)
     ]
     try:
-        return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+        copied = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
     except Exception as error:
         raise ValueError(
             f"fuse: expected a model that copy.deepcopy can copy, got {type(model).__name__}: "
             f"{type(error).__name__}: {error}"
         ) from error
+    for module in copied.modules():
+        for kind in _CALL_HOOKS:
+            hooks = getattr(module, kind)
+            for key in [key for key, hook in hooks.items() if isinstance(hook, MonitorHook)]:
+                del hooks[key]
+    return copied
 
 
 class Tracer(fx.Tracer):

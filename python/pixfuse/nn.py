@@ -463,7 +463,8 @@ def fuse(
     whose constants are folded into new parameters: ``weight * s`` and
     ``(bias - running_mean) * s + beta`` with ``s = gamma / sqrt(running_var + eps)``, in float64
     and rounded once. This is done only where nothing else uses what lies between them, and neither
-    has hooks, parametrizations, or another function in the place of its ``forward``.
+    has hooks, parametrizations, or another function in the place of its ``forward``. Hooks of a
+    :class:`pixfuse.DeadUnitMonitor` are no hindrance; it does not watch the fused model.
 
     The model is not changed. The fused one shares its parameters and buffers, except those that
     were folded, but no module: what is left is copied, so each has a mode (train or eval) of its
@@ -507,6 +508,11 @@ def fuse(
             f"fuse: expected input_layout to be 'NCHW' or 'NHWC', got {input_layout!r}"
         )
     root = copy_that_shares_tensors(model)
+    if has_hooks(root):
+        raise ValueError(
+            f"fuse: expected a model without hooks of its own, got {type(model).__name__} with "
+            "some; remove them, and register them on the fused model"
+        )
     tracer = Tracer(leaf_modules)
     graph = trace(root, tracer, concrete_args)
     modules = dict(root.named_modules())
@@ -561,11 +567,6 @@ def _check_model(model: object) -> None:
         raise TypeError(
             f"fuse: expected the model itself, got a {type(model).__name__} of it; fuse "
             f"model.{attribute}, and wrap the result"
-        )
-    if has_hooks(model):
-        raise ValueError(
-            f"fuse: expected a model without hooks of its own, got {type(model).__name__} with "
-            "some; remove them, and register them on the fused model"
         )
 
 
