@@ -661,6 +661,25 @@ def test_data_parallel_is_refused() -> None:
             DeadUnitMonitor(model)
 
 
+def test_transforms_of_torch_func_are_no_steps() -> None:
+    network, images = small_network(), torch.randn(4, 3, 8, 8)
+    parameters = dict(network.named_parameters())
+
+    def loss(parameters: dict[str, nn.Parameter], image: torch.Tensor) -> torch.Tensor:
+        output = torch.func.functional_call(network, cast(Any, parameters), image[None])
+        return cast(torch.Tensor, output).sum()
+
+    gradients = torch.func.vmap(torch.func.grad(loss), (None, 0))
+    expected = gradients(parameters, images)
+    with DeadUnitMonitor(network, pre_activation=True) as monitor:
+        for ran in range(2):
+            found = gradients(parameters, images)
+            assert all(torch.equal(found[name], expected[name]) for name in expected)
+            assert (monitor.steps, len(monitor.report())) == (ran, 2 * ran)
+            network(images)
+    assert [layer.total.images for layer in monitor.report()] == [8, 8]
+
+
 # --- nothing waits for the device ---
 
 

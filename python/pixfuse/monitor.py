@@ -121,13 +121,14 @@ class DeadUnitMonitor:
     ``layers``. Activations of :class:`pixfuse.nn.ConvBiasReLU2d` are taken as its kernel counted
     them. Where an activation module is called several times in a forward, each call has its own
     units, under ``name#2``, ``name#3``; a layer with weights has the same units in all calls.
-    Layers that checkpointing runs again in the backward pass are not counted again; recording the
-    model, by ``torch.export`` or ``torch.jit.trace``, is no step. Give it the model that
-    ``torch.compile`` made, before its first call: the counting becomes part of the graph, also with
+    Layers that checkpointing runs again in the backward pass are not counted again. Recording the
+    model, by ``torch.export`` or ``torch.jit.trace``, is no step, nor is a forward within
+    transforms of ``torch.func`` (``grad``, ``vmap``). Give it the model that ``torch.compile``
+    made, before its first call: the counting becomes part of the graph, also with
     ``fullgraph=True``. Where what calls the model is compiled too, a graph ends with each step;
     ``auto_step=False`` keeps it whole. What was compiled before is not seen: such layers never ran,
-    says the table. A copy or a pickle of the model does not count for this monitor; nor can it
-    tell forwards apart that run in several threads at once.
+    says the table. A copy or a pickle of the model does not count for this monitor; nor can it tell
+    forwards apart that run in several threads at once.
 
     Args:
         model: whose layers are watched, on any device; one that was wrapped by
@@ -265,8 +266,12 @@ class DeadUnitMonitor:
             return False
         if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
             return False  # that is no step, and the counting would be recorded with the model
+        if torch.compiler.is_compiling():
+            return True
+        if torch._C._functorch.maybe_current_level() is not None:
+            return False  # what torch.func transforms may not add to a tensor from outside
         # Within a backward pass it is checkpointing that runs a layer again.
-        return torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1
+        return torch._C._current_graph_task_id() == -1
 
     def _begin(self, *_: object) -> None:
         if self._listens():
