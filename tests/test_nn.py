@@ -1197,6 +1197,40 @@ def test_leaf_modules() -> None:
         fuse(Branch())
 
 
+@pytest.mark.parametrize(
+    "mode",
+    [
+        torch.no_grad,
+        torch.inference_mode,
+        lambda: torch.autocast("cpu", torch.bfloat16),
+        lambda: torch.autocast("cpu", torch.float16, cache_enabled=False),
+    ],
+    ids=["no_grad", "inference_mode", "autocast", "float16"],
+)
+def test_steps_under_no_grad_or_autocast(mode: Callable[[], Any]) -> None:
+    """The graph would compute them without, and say nothing."""
+
+    class Frozen(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with mode():
+                return cast(torch.Tensor, self[1](self[0](x)))
+
+    body = Frozen(nn.Conv2d(3, 3, 1), nn.ReLU())
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), body)
+    with pytest.raises(
+        ValueError,
+        match=r"^fuse: expected .* in module '2' of class Frozen: RuntimeError: a step under "
+        r"no_grad or autocast, which torch.fx would leave out; keep that module whole with",
+    ):
+        fuse(model)
+    fused, report = fuse(model, leaf_modules=["2"])
+    assert [step.name for step in report.fused] == ["0"]
+    with mode():  # the same all over
+        fuse(body)
+        output, expected = fused(INPUT), model(INPUT)
+    assert (output.requires_grad, output.dtype) == (expected.requires_grad, expected.dtype)
+
+
 def test_arguments_that_python_decides_upon() -> None:
     class Masked(TwoUsers):
         def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:

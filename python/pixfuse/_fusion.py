@@ -142,6 +142,12 @@ class Tracer(fx.Tracer):
         self.leaf_classes = tuple(leaf for leaf in leaf_modules if isinstance(leaf, type))
         self.leaf_names = {leaf for leaf in leaf_modules if isinstance(leaf, str)}
         self.inside: list[tuple[str, str]] = []
+        self.modes = _modes()
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _modes() != self.modes:
+            raise RuntimeError("a step under no_grad or autocast, which torch.fx would leave out")
+        return super().create_node(*args, **kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return self.why_leaf(m, module_qualified_name) is not None
@@ -165,10 +171,23 @@ class Tracer(fx.Tracer):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        self.inside.append((self.path_of_module(m), type(m).__name__))
+        path = self.path_of_module(m)
+        if self.is_leaf_module(m, path):  # one step, of whatever calls it
+            return super().call_module(m, forward, args, kwargs)
+        self.inside.append((path, type(m).__name__))
         result = super().call_module(m, forward, args, kwargs)
         self.inside.pop()  # not after an error: it says where
         return result
+
+
+def _modes() -> tuple[Any, ...]:
+    """What a forward may set around steps, and a graph does not keep."""
+    devices = ("cpu", "cuda")
+    return (
+        torch.is_grad_enabled(),
+        *(torch.is_autocast_enabled(device) for device in devices),
+        *(torch.get_autocast_dtype(device) for device in devices),
+    )
 
 
 def trace(root: nn.Module, tracer: Tracer, concrete_args: Mapping[str, Any] | None) -> fx.Graph:

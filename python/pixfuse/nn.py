@@ -490,8 +490,9 @@ def fuse(
 
     Raises:
         TypeError: ``model`` is not a module, or is one that wraps the model to fuse.
-        ValueError: it cannot be traced or copied, or has hooks of its own, which would be lost;
-            with a ``normalization``, its input does not go to one convolution that is fused.
+        ValueError: it cannot be traced or copied, has steps under ``no_grad`` or ``autocast`` of
+            its own, which ``torch.fx`` leaves out, or hooks of its own, which would be lost; with a
+            ``normalization``, its input does not go to one convolution that is fused.
 
     Equivalent to (the output of the fused model, within rounding)::
 
