@@ -389,6 +389,40 @@ def test_what_runs_outside_of_the_model_belongs_to_the_next_step() -> None:
     assert monitor.report()["1"].window.images == 4
 
 
+def test_a_model_of_which_only_parts_are_called() -> None:
+    """Its steps never end, so each call would be taken for one of units of its own."""
+    model = nn.Sequential(nn.Sequential(nn.Linear(3, 4), nn.ReLU()), nn.Linear(4, 2))
+    values = torch.randn(2, 3)
+    with DeadUnitMonitor(model):
+        for _ in range(64):
+            model[0](values)
+        with pytest.raises(
+            ValueError,
+            match=r"expected a forward of the whole model to end each step, got 64 calls of '0.1' "
+            r"outside of one; give the monitor the module that is called, end .* auto_step=False",
+        ):
+            model[0](values)
+    with DeadUnitMonitor(model[0]) as part, DeadUnitMonitor(model, auto_step=False) as manual:
+        for _ in range(65):
+            model[0](values)
+            manual.step()
+    assert_same(only(part).total, only(manual).total)
+
+    class Unrolled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.relu = nn.ReLU()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for _ in range(70):
+                x = self.relu(x)
+            return x
+
+    with DeadUnitMonitor(unrolled := Unrolled()) as monitor:
+        unrolled(values)
+    assert len(monitor.report()) == 70
+
+
 # --- models of many kinds ---
 
 

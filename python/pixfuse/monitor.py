@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 __all__ = ["DeadUnitMonitor", "DeadUnitWarning", "LayerReport", "MonitorReport"]
 
 _VERSION = 1
+#: So many calls of an activation outside of the model's forward, and no step between them, are not
+#: of so many units: steps do not end.
+_CALLS_OUTSIDE = 64
 
 
 class DeadUnitWarning(UserWarning):
@@ -164,8 +167,9 @@ class DeadUnitMonitor:
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: a number out of range, a name that is not in the model, no layer to watch, or,
-            in the first forward, channels that cannot be told.
+        ValueError: a number out of range, a name that is not in the model, no layer to watch; in
+            the first forward, channels that cannot be told; after 64 calls of an activation by
+            parts of the model alone, that no step ends.
         NotImplementedError: ``torch.nn.DataParallel`` in it, whose copies run side by side.
 
     Equivalent to::
@@ -226,6 +230,7 @@ class DeadUnitMonitor:
         self._channel_dims = dict(channel_dims or {})
         self._warned: set[str] = set()
         self._closed = False
+        self._inside = False  # a forward of the model
         self._model = model
         self._watched = _find_layers(model, layers)
         for name in self._channel_dims:
@@ -275,10 +280,12 @@ class DeadUnitMonitor:
 
     def _begin(self, *_: object) -> None:
         if self._listens():
+            self._inside = True
             for watched in self._watched:
                 watched.calls = 0
 
     def _end(self, *_: object) -> None:
+        self._inside = False
         if self._listens():
             self.step()
 
@@ -323,6 +330,13 @@ class DeadUnitMonitor:
         watched.calls += 1
         channels = rows.shape[1]
         if index == len(watched.records):
+            if index == _CALLS_OUTSIDE and self.auto_step and not self._inside:
+                raise ValueError(
+                    "DeadUnitMonitor: expected a forward of the whole model to end each step, got "
+                    f"{index} calls of {watched.name!r} outside of one; give the monitor the "
+                    "module that is called, end steps by step() with auto_step=False, or leave "
+                    "evaluation out with only_training=True"
+                )
             pre = self._pre_activation and watched.firing is not None
             count = PRE_SQUARES + 1 if pre else PRE_SUM
             watched.records.append(Record(count, channels, self._blocks, rows.device))
