@@ -185,7 +185,9 @@ def test_sum_and_difference(cut: int) -> None:
     images = dataset(9)
     first, second = statistics_of(images[:cut]), statistics_of(images[cut:])
     total = statistics_of(images)
-    assert first + second == total == second + first
+    assert first + second == total == second + first == sum([first, second])
+    assert sum([first]) == first
+    assert sum([first]) is not first
     assert total - first == second
     assert total - second == first
     assert (total - total).images == 0

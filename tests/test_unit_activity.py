@@ -1,5 +1,6 @@
 """`pixfuse.UnitActivity`: what follows from the counts, merging, and summing over ranks."""
 
+import math
 import pickle
 from dataclasses import FrozenInstanceError, astuple
 from pathlib import Path
@@ -43,6 +44,9 @@ def test_dormant() -> None:
     assert activity.dormant().tolist() == [False, False, True, False]
     assert activity.dormant(0.1).tolist() == [False, True, True, False]
     assert activity.dormant(1.0).tolist() == [False, True, True, True]
+    for value in (math.nan, math.inf):
+        activity.output_sum[3] = value
+        assert activity.dormant().tolist() == [False, False, True, False]
     silent = UnitActivity(*(torch.zeros(2, dtype=torch.int64),) * 3, torch.zeros(2).double(), 9, 1)
     assert silent.dormant(0.5).all()
     for tau in (-0.1, float("nan")):
@@ -75,7 +79,8 @@ def test_a_sum_over_batches_is_that_of_one_batch() -> None:
     weight, images = torch.randn(8, 3, 3, 3), torch.randn(5, 3, 9, 9)
     _, whole = pixfuse.conv_bias_relu(images, weight)
     parts = [pixfuse.conv_bias_relu(part, weight)[1] for part in images.split([1, 3, 1])]
-    total = parts[0] + parts[1] + parts[2]
+    total = sum(parts)
+    assert isinstance(total, UnitActivity)
     assert torch.equal(total.active, whole.active)
     assert torch.equal(total.active_images, whole.active_images)
     torch.testing.assert_close(total.output_sum, whole.output_sum, rtol=1e-12, atol=0)
@@ -91,6 +96,8 @@ def test_what_cannot_be_added() -> None:
         made() + other
     with pytest.raises(TypeError, match="unsupported operand"):
         made() + 1  # type: ignore[operator]
+    with pytest.raises(TypeError, match="unsupported operand"):
+        1 + made()
 
 
 def test_it_is_a_value() -> None:

@@ -66,7 +66,8 @@ class UnitActivity:
         """Find the units whose mean output is at most ``tau`` times the layer's mean output.
 
         Formula: ``mean_c <= tau * mean over channels of mean_c``. With ``tau=0`` these are the
-        channels whose outputs are all 0.
+        channels whose outputs are all 0. Such a channel is dormant beside infinities and NaN too,
+        and one that has them is not.
 
         Args:
             tau: the threshold; 0 or above. ReDo uses 0.025 to 0.1.
@@ -84,7 +85,8 @@ class UnitActivity:
             raise ValueError(f"dormant: expected tau to be 0 or above, got {tau}")
         if self.positions == 0:
             return torch.zeros_like(self.active, dtype=torch.bool)
-        return self.output_sum <= tau * self.output_sum.mean()
+        is_small = self.output_sum <= tau * self.output_sum.mean()
+        return (self.output_sum == 0) | (is_small & self.output_sum.isfinite())
 
     def __add__(self, other: UnitActivity) -> UnitActivity:
         if not isinstance(other, UnitActivity):
@@ -102,6 +104,9 @@ class UnitActivity:
             self.positions + other.positions,
             self.images + other.images,
         )
+
+    def __radd__(self, other: object) -> UnitActivity:
+        return self if other == 0 else NotImplemented  # sum() begins with 0
 
     def all_reduce(self, group: ProcessGroup | None = None) -> UnitActivity:
         """Sum over the ranks of a process group: the activity over all of their batches.

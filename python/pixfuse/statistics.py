@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import hashlib
 import json
 import math
@@ -457,6 +458,9 @@ class ChannelStatistics:
                 f"{result.pixels}"
             )
         return result
+
+    def __radd__(self, other: object) -> ChannelStatistics:
+        return copy.deepcopy(self) if other == 0 else NotImplemented  # sum() begins with 0
 
     def __sub__(self, other: ChannelStatistics) -> ChannelStatistics:
         if not isinstance(other, ChannelStatistics):
