@@ -219,7 +219,9 @@ class ConvBiasReLU2d(nn.Conv2d):
         return text
 
     def _tell(self, activity: UnitActivity) -> None:
-        if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
+        # The flag behind torch.compiler.is_exporting(), which torch.compile took for true in torch
+        # 2.11.
+        if torch.compiler._is_exporting_flag or torch._C._get_tracing_state() is not None:
             return  # what is recorded there may not change the module
         if torch._C._functorch.is_batchedtensor(activity.active):
             self.last_activity = None  # of all at once; it would not outlive vmap
