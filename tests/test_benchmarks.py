@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import os
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -348,3 +350,38 @@ def test_the_cost_of_a_monitor_counts_all_that_it_does(
     monkeypatch.setattr(nn.functional, "cross_entropy", timed_loss)
     photos = [np.zeros((64, 64, 3), np.uint8)]
     assert units.cost_of_monitor(photos, steps=3) == 3
+
+
+# --- the one command for a machine with a GPU ---
+
+
+def script(path: Path, text: str) -> None:
+    path.write_text(f"#!/bin/bash\n{text}")
+    path.chmod(0o755)
+
+
+def run_gpu_step(folder: Path, step: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A step of run.sh, with the programs in `folder` in the place of the machine's."""
+    search = f"{folder}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        ["bash", harness.ROOT / "benchmarks" / "gpu" / "run.sh", step],
+        env={**os.environ, "PATH": search, "OUT": str(folder / "out"), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_sanitizer_watches_our_kernels_alone(tmp_path: Path) -> None:
+    """Though its help goes on after the line that says that it can."""
+    script(
+        tmp_path / "compute-sanitizer",
+        'if [[ $1 != --help ]]; then echo "$@"; exit; fi\n'
+        "echo '  --kernel-name arg'\n"
+        "for ((i = 0; i < 20000; ++i)); do echo more || exit 141; done\n",
+    )
+    result = run_gpu_step(tmp_path, "memcheck", PYTHON="python-of-the-machine")
+    assert result.returncode == 0, result.stderr
+    assert "--tool memcheck " in result.stdout
+    assert "--kernel-name kns=pixfuse " in result.stdout
+    assert result.stdout.endswith(" python-of-the-machine -m benchmarks.gpu.short_case\n")

@@ -115,7 +115,8 @@ PYTHON_END
 # of API calls are torch's own probing, not ours; torch's own kernels take too long to watch.
 sanitize() {
   local ours=()
-  if compute-sanitizer --help 2>&1 | grep -q -- --kernel-name; then
+  # Read to its end: whoever writes to a pipe that nobody reads any more fails, and with it the pipe.
+  if [[ $(compute-sanitizer --help 2>&1) == *--kernel-name* ]]; then
     ours=(--kernel-name kns=pixfuse)
   fi
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 9 "${ours[@]}" \
