@@ -958,7 +958,9 @@ for name in ("click", "rich", "PIL", "matplotlib"):
 
 
 def test_installed_command() -> None:
-    command = Path(sys.executable).with_name("pixfuse")
+    package = Path(pixfuse.__file__).parent
+    folders = (Path(sys.executable).parent, package.parent / "bin")  # that of pip --target
+    command = next(path for folder in folders if (path := folder / "pixfuse").exists())
     version = subprocess.run([command, "--version"], capture_output=True, text=True, check=True)
     assert pixfuse.info()["pixfuse"] in version.stdout
     for name in ("stats", "info", "show", "bench"):

@@ -24,7 +24,9 @@ PYTHON=${PYTHON:-python3}
 BUDGET=${BUDGET:-570}
 mkdir -p "$OUT" build || exit 2
 OUT=$(realpath "$OUT")
-SITE=$PWD/build/gpu-site # where pixfuse is installed: not into the machine's own packages
+# Where pixfuse is installed: not among the machine's own packages. By the name the tests know that
+# it is not the source folder.
+SITE=$PWD/build/gpu-site-packages
 export OUT PYTHON BUDGET
 export PYTHONPATH="$SITE${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 COLUMNS=110
