@@ -5,6 +5,7 @@ import json
 import math
 import os
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -385,3 +386,25 @@ def test_the_sanitizer_watches_our_kernels_alone(tmp_path: Path) -> None:
     assert "--tool memcheck " in result.stdout
     assert "--kernel-name kns=pixfuse " in result.stdout
     assert result.stdout.endswith(" python-of-the-machine -m benchmarks.gpu.short_case\n")
+
+
+def test_gpu_tests_show_a_failure_at_once_and_skip_what_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "test_machine.py").write_text(
+        "import os\n"
+        "def test_absent(): import a_package_of_nobody\n"
+        "def test_ours(): import pixfuse.not_there\n"
+        "def test_wrong(): assert 'got' == 'wanted'\n"
+        "def test_the_time_is_over(): os._exit(9)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "benchmarks.gpu.choose_tests", "-v", tmp_path],
+        cwd=harness.ROOT,
+        env={**os.environ, "PIXFUSE_TESTS": "others"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 9
+    assert "test_absent SKIPPED" in result.stdout
+    assert "No module named 'pixfuse.not_there'" in result.stdout
+    assert "assert 'got' == 'wanted'" in result.stdout
