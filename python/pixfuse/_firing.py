@@ -87,6 +87,13 @@ def channels_of(module: nn.Module) -> Channels | None:
     return None
 
 
+def is_recorded() -> bool:
+    """Whether torch.export or torch.jit.trace is running the model, to record it."""
+    # The flag behind torch.compiler.is_exporting(), which torch.compile took for true in torch
+    # 2.11.
+    return torch.compiler._is_exporting_flag or torch._C._get_tracing_state() is not None
+
+
 def find_channel_dim(
     name: str, output: torch.Tensor, chosen: int | None, before: Sequence[Channels]
 ) -> int:

@@ -23,6 +23,7 @@ from pixfuse._firing import (
     find_channel_dim,
     firing_after,
     firing_of,
+    is_recorded,
 )
 from pixfuse._unit_record import COLUMNS, TENSORS, Record
 from pixfuse._unit_report import LayerReport, MonitorReport, report_of
@@ -269,7 +270,7 @@ class DeadUnitMonitor:
     def _listens(self) -> bool:
         if self._closed or (self.only_training and not self._model.training):
             return False
-        if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
+        if is_recorded():
             return False  # that is no step, and the counting would be recorded with the model
         if torch.compiler.is_compiling():
             return True

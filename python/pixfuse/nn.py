@@ -13,6 +13,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils.hooks import RemovableHandle
 
 from pixfuse._checks import check_is_normalization
+from pixfuse._firing import is_recorded
 from pixfuse._fusion import (
     Fused,
     FuseReport,
@@ -219,10 +220,8 @@ class ConvBiasReLU2d(nn.Conv2d):
         return text
 
     def _tell(self, activity: UnitActivity) -> None:
-        # The flag behind torch.compiler.is_exporting(), which torch.compile took for true in torch
-        # 2.11.
-        if torch.compiler._is_exporting_flag or torch._C._get_tracing_state() is not None:
-            return  # what is recorded there may not change the module
+        if is_recorded():
+            return  # that may not change the module
         if torch._C._functorch.is_batchedtensor(activity.active):
             self.last_activity = None  # of all at once; it would not outlive vmap
             return
