@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import glob
 import hashlib
 import json
 import multiprocessing
@@ -381,16 +382,11 @@ def rank_file(output: Path, rank: int) -> Path:
 
 def _rank_files(output: Path) -> list[tuple[int, Path]]:
     found = []
-    for path in output.parent.glob(f"{glob_escape(output.name)}.rank*"):
+    for path in output.parent.glob(f"{glob.escape(output.name)}.rank*"):
         number = path.name.rpartition(".rank")[2]
         if number.isdecimal():
             found.append((int(number), path))
     return sorted(found)
-
-
-def glob_escape(name: str) -> str:
-    """The name with what globs would take for a pattern escaped."""
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
 
 
 def _earlier(
