@@ -137,7 +137,7 @@ def _read_tensors(images: Sequence[Any], function: str = _NAME) -> Images:
 
 def is_pillow(image: object) -> bool:
     """Whether this is a Pillow image; Pillow is not imported to find out."""
-    module = sys.modules.get("PIL.Image")
+    module = sys.modules.get("PIL.Image")  # nobody holds an image of a module that is not imported
     return module is not None and isinstance(image, module.Image)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data._utils.collate import collate, default_collate_fn_map
 
 from pixfuse._convert import convert, speak_as
-from pixfuse._image_input import Images, read_images
+from pixfuse._image_input import Images, is_pillow, read_images
 from pixfuse._placement import resolve_channels, resolve_size
 from pixfuse._shared_memory import shared_output
 from pixfuse.functional import crop_mirror_normalize
@@ -315,8 +315,7 @@ def is_image(value: Any, channels: int | None) -> bool:
         return value.shape[0] in (1, 3, 4, channels)
     if isinstance(value, np.ndarray):
         return value.dtype == np.uint8 and value.ndim == 3 and value.shape[2] in (1, 3, 4, channels)
-    pillow = sys.modules.get("PIL.Image")
-    return pillow is not None and isinstance(value, pillow.Image)
+    return is_pillow(value)
 
 
 def _describe(value: Any) -> str:

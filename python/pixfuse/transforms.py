@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from pixfuse._checks import LARGEST, check_is_normalization, code_of, raise_too_large
 from pixfuse._convert import convert, speak_as
-from pixfuse._image_input import read_image
+from pixfuse._image_input import is_pillow, read_image
 from pixfuse._library import DTYPE_CODES
 from pixfuse.functional import crop_mirror_normalize
 from pixfuse.normalization import UNIT, Normalization, PerImageStandardization
@@ -154,7 +154,7 @@ def _of_one_image(said: str) -> str:
 
 def _images_among(leaves: list[Any]) -> list[int]:
     """The indices of what torchvision's ToImage, ToDtype and Normalize would take for images."""
-    marked = [_is_pillow(leaf) or _is_tv(leaf, "Image", "Video") for leaf in leaves]
+    marked = [is_pillow(leaf) or _is_tv(leaf, "Image", "Video") for leaf in leaves]
     arrays = [isinstance(leaf, np.ndarray) for leaf in leaves]
     chosen = [index for index in range(len(leaves)) if marked[index] or arrays[index]]
     if not any(marked):
@@ -165,11 +165,6 @@ def _images_among(leaves: list[Any]) -> list[int]:
                     chosen.append(index)
                 break
     return chosen
-
-
-def _is_pillow(leaf: object) -> bool:
-    module = sys.modules.get("PIL.Image")  # nobody holds an image of a module that is not imported
-    return module is not None and isinstance(leaf, module.Image)
 
 
 def _is_tv(leaf: object, *names: str) -> bool:
