@@ -208,7 +208,6 @@ class Timing:
 
     checked: Checked
     samples_seconds: tuple[float, ...] = field(repr=False)
-    calls_per_sample: int
 
     @property
     def name(self) -> str:
@@ -248,8 +247,8 @@ def measure(contestants: Sequence[Checked], plan: Plan = Plan(), seed: int = 0) 
         if was_enabled:
             gc.enable()
     return [
-        Timing(checked, tuple(seconds), count)
-        for checked, seconds, count in zip(contestants, samples, calls, strict=True)
+        Timing(checked, tuple(seconds))
+        for checked, seconds in zip(contestants, samples, strict=True)
     ]
 
 

@@ -37,7 +37,7 @@ LONG_WIDTHS = (511, 512, 513, 1023, 1024, 1025, 2047, 2048, 2049, 4096, 16384, 1
 
 
 def random_bytes(*shape: int) -> torch.Tensor:
-    """Bytes that differ from call to call but not from run to run: see `conftest.seed`."""
+    """Bytes that differ from call to call but not from run to run: see `conftest._seed`."""
     return torch.randint(256, shape, dtype=torch.uint8)
 
 

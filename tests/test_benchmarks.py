@@ -268,9 +268,7 @@ def test_workers_are_compared_within_a_round(monkeypatch: pytest.MonkeyPatch) ->
 def test_convolutions_are_compared_within_a_round() -> None:
     """Medians of 2 and 2 would say that both are as fast; in two rounds of three we take half."""
     ours, fused = (
-        harness.Timing(
-            Checked(Contestant(name, lambda: torch.zeros(1)), torch.zeros(1)), seconds, 1
-        )
+        harness.Timing(Checked(Contestant(name, lambda: torch.zeros(1)), torch.zeros(1)), seconds)
         for name, seconds in (
             (bench_conv_bias_relu.OURS, (1.0, 2.0, 4.0)),
             (bench_conv_bias_relu.FUSED, (2.0, 4.0, 1.0)),

@@ -10,7 +10,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from pixfuse._image_files import _printable
+from pixfuse._image_files import printable
 from pixfuse._output_files import writing
 from pixfuse.functional import normalize
 from pixfuse.normalization import Normalization
@@ -35,7 +35,7 @@ def _save(figure: Figure, path: Path, dpi: int) -> None:
 
 def _set_title(axes: Any, title: str, **how: Any) -> None:
     """A title with names in it: a $ is a $, and bytes that are no UTF-8 are written out."""
-    axes.set_title(_printable(title), parse_math=False, **how)
+    axes.set_title(printable(title), parse_math=False, **how)
 
 
 def draw_histogram(statistics: ChannelStatistics, path: Path) -> None:

@@ -177,7 +177,7 @@ def _expand(paths: Iterable[str]) -> list[tuple[Path, str]]:
             expanded.append((Path(path), Path(path)))
     labels = _labels(root for _, root in expanded)
     return [
-        (path, labels[root] + _printable("" if path == root else f"/{path.relative_to(root)}"))
+        (path, labels[root] + printable("" if path == root else f"/{path.relative_to(root)}"))
         for path, root in expanded
     ]
 
@@ -189,7 +189,7 @@ def _labels(roots: Iterable[Path]) -> dict[Path, str]:
     while True:
         taken: dict[str, list[Path]] = {}
         for root, length in lengths.items():
-            label = _printable("/".join(parts[root][-length:]))
+            label = printable("/".join(parts[root][-length:]))
             taken.setdefault(label, []).append(root)
         longer = [
             root
@@ -212,7 +212,7 @@ def _is_folder(path: Path | os.DirEntry[str]) -> bool:
         return False
 
 
-def _printable(name: str) -> str:
+def printable(name: str) -> str:
     """The name, with bytes that are no UTF-8 written out."""
     return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
@@ -267,7 +267,7 @@ class _Finder:
             self.problem(key, error)
             return
         for entry in entries:
-            entry_key = f"{key}/{_printable(entry.name)}"
+            entry_key = f"{key}/{printable(entry.name)}"
             if _is_folder(entry):
                 self.add_folder(Path(entry.path), entry_key, (*above, here))
             elif os.path.splitext(entry.name)[1].lower() in self.images:  # noqa: PTH122  (quick)
@@ -322,7 +322,7 @@ class _Finder:
             if posixpath.splitext(member.name)[1].lower() not in self.images:
                 self.found.skipped += 1
                 continue
-            member_key = f"{key}/{_printable(member.name)}"
+            member_key = f"{key}/{printable(member.name)}"
             file = _follow(member, by_name)
             if member_key in keys:
                 self.problem(member_key, "another member of this name, not counted; the first is")
@@ -349,7 +349,7 @@ class _Finder:
             names = file.namelist()
             for name in sorted(set(names)):
                 if name.endswith(".npy"):
-                    member_key = f"{key}/{_printable(name.removesuffix('.npy'))}"
+                    member_key = f"{key}/{printable(name.removesuffix('.npy'))}"
                     self.guarded(member_key, self.add_member, path, file, name)
                 elif not name.endswith("/"):
                     self.found.skipped += 1

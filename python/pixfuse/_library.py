@@ -19,7 +19,7 @@ ISA_CODES: Final = {"portable": 0, "avx2": 1, "avx512": 2, "neon": 3, "amx": 4, 
 #: some operators can leave as they are.
 DTYPE_CODES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 ELEMENT_CODES: Final = {**DTYPE_CODES, torch.uint8: 3}
-#: The numbers of enums InputLayout and MemoryFormat in csrc/normalize/normalize_args.h.
+#: The numbers of enums InputLayout and MemoryFormat in csrc/common/layout.h.
 LAYOUT_CODES: Final = {"NCHW": 0, "NHWC": 1}
 MEMORY_FORMAT_CODES: Final = {
     torch.contiguous_format: 0,

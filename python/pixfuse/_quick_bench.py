@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,12 +19,11 @@ from pixfuse._library import active_isa
 _CLOSE = 2e-5
 
 
-class Contender:
+class Contender(NamedTuple):
     """One way to do a job; its result is compared with that of pixfuse before it is timed."""
 
-    def __init__(self, by: str, call: Callable[[], torch.Tensor]) -> None:
-        self.by = by
-        self.call = call
+    by: str
+    call: Callable[[], torch.Tensor]
 
 
 def run(batch: int, size: int, threads: int, rounds: int) -> dict[str, Any]:
