@@ -10,26 +10,22 @@ missed target is reported, and is no error.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import itertools
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.table import Table
 
 import pixfuse
 from benchmarks import harness, peers, report
 from benchmarks.bench_normalize import PACKAGES, checked_copy, thread_counts
-from benchmarks.harness import Checked, Contestant, Plan, UnequalError
+from benchmarks.harness import Contestant, Plan
 from benchmarks.peers import TOLERANCES, load
-from benchmarks.report import COPY, OURS
+from benchmarks.report import COPY, OURS, Run, console, print_work
 
 BATCH, SIDE, LARGER_SIDE = 64, 224, 256
 NORMALIZATION = pixfuse.IMAGENET
@@ -48,8 +44,6 @@ ALBUMENTATIONS = f"{peers.Albumentations.name}, Pillow"
 ALBUMENTATIONS_NUMPY = f"{peers.Albumentations.name}, numpy"
 DALI = peers.Dali.name
 DALI_FED = f"{DALI}, fed each time"
-
-console = report.console()
 
 
 @dataclass(frozen=True)
@@ -310,23 +304,6 @@ PEERS: tuple[tuple[str, Callable[[Work], Contestant]], ...] = (
 )
 
 
-class Run:
-    """One run of this program: what went wrong in it."""
-
-    def __init__(self) -> None:
-        self.problems: list[str] = []
-        self.unavailable: dict[str, str] = {}
-
-    def check(self, contestant: Contestant, expected: torch.Tensor) -> list[Checked]:
-        """The checked contestant, or nobody: then the problem is noted and nothing is timed."""
-        try:
-            return [Checked(contestant, expected)]
-        except UnequalError as error:
-            self.problems.append(str(error))
-            console.print(f"not equal, so not timed: {error}", style="red", markup=False)
-            return []
-
-
 def run_work(run: Run, work: Work, plan: Plan) -> dict[str, Any]:
     """Ourselves in several ways and every peer, interleaved, one thread."""
     torch.set_num_threads(1)
@@ -398,8 +375,7 @@ def claims(
     """Each claim with its value, all computed from the numbers above."""
 
     def ratio(result: dict[str, Any], a: str, b: str = OURS) -> float | None:
-        us = {name: quartiles[1] for name, quartiles in result["us_per_call"].items()}
-        return us[a] / us[b] if a in us and b in us else None
+        return report.least_ratio([result], a, b)
 
     def quickest(result: dict[str, Any], names: Sequence[str], b: str) -> float | None:
         return min(filter(None, (ratio(result, name, b) for name in names)), default=None)
@@ -449,38 +425,10 @@ def at_the_copy(result: dict[str, Any]) -> dict[str, float]:
     return {name: float(f"{us[name] / us[COPY]:.4g}") for name in peer_names}
 
 
-def print_work(title: str, result: dict[str, Any]) -> None:
-    table = Table(title=title)
-    for column in ("", "us per image", "quartiles", "time / pixfuse", "largest difference"):
-        table.add_column(column, justify="left" if not column else "right")
-    ours_us = result["us_per_call"][OURS][1]
-    for name, quartiles in sorted(result["us_per_call"].items(), key=lambda item: item[1][1]):
-        low, middle, high = (value / result["images"] for value in quartiles)
-        error = result["max_error"][name]
-        table.add_row(
-            f"[bold]{name}[/]" if name.startswith(OURS) else name,
-            f"{middle:.1f}",
-            f"{low:.1f} to {high:.1f}",
-            f"{quartiles[1] / ours_us:.2f}",
-            "equal" if error == 0 else f"{error:.1e}",
-        )
-    console.print(table)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="few samples, a grid of one point")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        help="JSON file; without it, a full run writes benchmarks/results/collate_cpu.json",
+    options = report.options_of(
+        __doc__, "collate_cpu.json", argv, quick="few samples, a grid of one point"
     )
-    options = parser.parse_args(argv)
-    output = options.output
-    if output is None and not options.quick:
-        output = harness.RESULTS / "collate_cpu.json"
-
-    started = time.perf_counter()
     run = Run()
     plan = QUICK_PLAN if options.quick else PLAN
     plain = run_work(run, random_work(BATCH, SIDE, SIDE, mirror=False), plan)
@@ -489,29 +437,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = claims(plain, cropped, rows)
     print_work(f"{BATCH} images of {SIDE}x{SIDE} to NCHW float32, one thread", plain)
     print_work(f"{BATCH} images of {LARGER_SIDE}x{LARGER_SIDE}, cropped and mirrored", cropped)
-    report.print_claims(console, found)
+    report.print_claims(found)
     for name, reason in run.unavailable.items():
         console.print(f"left out: {name}: {reason}", style="yellow", markup=False)
-    if output is not None:
-        document = {
-            "about": "us_per_call holds the quartiles (25 %, median, 75 %) of one call in "
-            "microseconds, a call being a whole list; max_error the largest difference from slices "
-            "of the pixels given to pixfuse.reference.normalize; speedup_at_the_copy the "
-            "speedup over each peer of whoever does the plain work in the time of the copy",
-            **harness.environment(PACKAGES),
-            "pixfuse": {key: pixfuse.info()[key] for key in ("isa", "available_isas", "cuda")},
-            "unavailable": run.unavailable,
-            "unequal": run.problems,
-            "claims": found,
-            "speedup_at_the_copy": at_the_copy(plain),
-            "plain": plain,
-            "cropped": cropped,
-            "grid": rows,
-        }
-        harness.write_json(output, document)
-        console.print(f"wrote {output}")
-    console.print(f"{time.perf_counter() - started:.0f} s, {len(run.problems)} unequal results")
-    return 1 if run.problems else 0
+    document = {
+        "about": "us_per_call holds the quartiles (25 %, median, 75 %) of one call in "
+        "microseconds, a call being a whole list; max_error the largest difference from slices "
+        "of the pixels given to pixfuse.reference.normalize; speedup_at_the_copy the "
+        "speedup over each peer of whoever does the plain work in the time of the copy",
+        **harness.environment(PACKAGES),
+        "pixfuse": {key: pixfuse.info()[key] for key in ("isa", "available_isas", "cuda")},
+        "unavailable": run.unavailable,
+        "unequal": run.problems,
+        "claims": found,
+        "speedup_at_the_copy": at_the_copy(plain),
+        "plain": plain,
+        "cropped": cropped,
+        "grid": rows,
+    }
+    return run.finish(options.output, document)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,7 @@ status 1 when a result was not equal.
 
 from __future__ import annotations
 
-import argparse
 import ctypes
-import json
 import shutil
 import statistics
 import subprocess
@@ -32,16 +30,16 @@ from torch.nn.functional import conv2d
 
 import pixfuse
 from benchmarks import harness, report
-from benchmarks.harness import Checked, Contestant, Plan, Timing, Tolerance, UnequalError
+from benchmarks.harness import Contestant, Plan, Timing, Tolerance, UnequalError
+from benchmarks.report import OURS, console
 
 PACKAGES = ("pixfuse", "torch")
 PLAN = Plan(rounds=15, sample_seconds=30e-3, budget_seconds=5.0, least_rounds=5)
 QUICK_PLAN = Plan(rounds=3, sample_seconds=5e-3, budget_seconds=0.5, least_rounds=3)
-OURS, EAGER, COMPILE, FUSED = "pixfuse", "torch eager", "torch.compile", "oneDNN conv + ReLU alone"
+EAGER, COMPILE, FUSED = "torch eager", "torch.compile", "oneDNN conv + ReLU alone"
 FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 TOLERANCE = Tolerance(1e-4, "sums of up to 2304 terms of about 1/48 in float32")
 GRADIENT_TOLERANCE = Tolerance(1e-3, "sums of 200,704 terms in float32")
-console = report.console()
 
 
 @dataclass(frozen=True)
@@ -80,21 +78,12 @@ LAYERS = [
 ]
 
 
-class Run:
-    """Results that were not equal, and so not timed."""
+class Run(report.Run):
+    """One run of this program: how long to measure, and what went wrong."""
 
     def __init__(self, plan: Plan) -> None:
+        super().__init__()
         self.plan = plan
-        self.problems: list[str] = []
-
-    def check(self, contestant: Contestant, expected: torch.Tensor) -> list[Checked]:
-        """The checked contestant, or nobody."""
-        try:
-            return [Checked(contestant, expected)]
-        except UnequalError as error:
-            self.problems.append(str(error))
-            console.print(f"not equal, so not timed: {error}", style="red", markup=False)
-            return []
 
 
 # ---- the most that is possible -------------------------------------------------------------------
@@ -370,9 +359,10 @@ def step_memory(name: str) -> int:
 
 def measure_memory() -> dict[str, Any]:
     """Each in a process of its own, so that nobody finds memory that another one left."""
-    command = [sys.executable, "-m", "benchmarks.bench_conv_bias_relu", "--memory-of"]
+    code = "from benchmarks.bench_conv_bias_relu import step_memory; print(step_memory({!r}))"
     added = {
-        name: int(json.loads(harness.output_of(*command, name) or "0")) for name in (OURS, EAGER)
+        name: int(harness.output_of(sys.executable, "-c", code.format(name)) or "0")
+        for name in (OURS, EAGER)
     }
     normalized = RESNET.batch * RESNET.channels * RESNET.side**2 * 4
     return {"added_bytes": added, "normalized_input_bytes": normalized}
@@ -452,24 +442,13 @@ def print_rows(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="few short rounds")
-    parser.add_argument("--filter", help="only layers whose name contains this, and nothing else")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        help="JSON file; without it, a full run writes benchmarks/results/conv_bias_relu_cpu.json",
+    options = report.options_of(
+        __doc__,
+        "conv_bias_relu_cpu.json",
+        argv,
+        quick="few short rounds",
+        filter_help="only layers whose name contains this, and nothing else",
     )
-    parser.add_argument("--memory-of", choices=(OURS, EAGER), help=argparse.SUPPRESS)
-    options = parser.parse_args(argv)
-    if options.memory_of is not None:
-        print(step_memory(options.memory_of))
-        return 0
-    output = options.output
-    if output is None and not options.quick and options.filter is None:
-        output = harness.RESULTS / "conv_bias_relu_cpu.json"
-
-    started = time.perf_counter()
     threads_before = torch.get_num_threads()
     torch.set_num_threads(1)
     run = Run(QUICK_PLAN if options.quick else PLAN)
@@ -477,45 +456,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print(f"multiply-adds on registers alone: {peak_gflops:.1f} GFLOP/s on one core")
     rows = []
     for layer in LAYERS:
-        if options.filter is None or options.filter in layer.name:
+        if options.filter in layer.name:
             timed = time_layer(run, layer, peak_gflops)
             print_rows(timed)
             rows += timed
     backward = memory = None
-    if options.filter is None:
+    if not options.filter:
         backward = time_backward(run)
         console.print("backward", {n: q[1] / 1e3 for n, q in backward["us_per_call"].items()}, "ms")
         memory = measure_memory()
         console.print("memory of a training step", memory)
     torch.set_num_threads(threads_before)
     found = claims(rows, backward, memory)
-    report.print_claims(console, found)
-    if output is not None:
-        document = {
-            "about": "us_per_call holds the quartiles (25 %, median, 75 %) of one call in "
-            "microseconds, a call being a batch of 16; over_ours the median of the ratios to "
-            "pixfuse's time within a round, which the claims are made of; max_error the largest "
-            "difference from the float64 reference; added_bytes what one training step adds to "
-            "the resident memory of a process at its peak, as the kernel counts it (VmHWM over "
-            "VmRSS before)",
-            **harness.environment(PACKAGES),
-            "pixfuse": {key: pixfuse.info()[key] for key in ("isa", "available_isas", "cuda")},
-            "unequal": run.problems,
-            "claims": found,
-            "most_samples": run.plan.rounds,
-            "fma_peak_gflops": float(f"{peak_gflops:.4g}"),
-            "layers": [
-                {"name": layer.name, "is_stem": layer.is_stem, "multiply_adds": layer.multiply_adds}
-                for layer in LAYERS
-            ],
-            "timings": rows,
-            "backward": backward,
-            "memory": memory,
-        }
-        harness.write_json(output, document)
-        console.print(f"wrote {output}")
-    console.print(f"{time.perf_counter() - started:.0f} s, {len(run.problems)} unequal results")
-    return 1 if run.problems else 0
+    report.print_claims(found)
+    document = {
+        "about": "us_per_call holds the quartiles (25 %, median, 75 %) of one call in "
+        "microseconds, a call being a batch of 16; over_ours the median of the ratios to "
+        "pixfuse's time within a round, which the claims are made of; max_error the largest "
+        "difference from the float64 reference; added_bytes what one training step adds to "
+        "the resident memory of a process at its peak, as the kernel counts it (VmHWM over "
+        "VmRSS before)",
+        **harness.environment(PACKAGES),
+        "pixfuse": {key: pixfuse.info()[key] for key in ("isa", "available_isas", "cuda")},
+        "unequal": run.problems,
+        "claims": found,
+        "most_samples": run.plan.rounds,
+        "fma_peak_gflops": float(f"{peak_gflops:.4g}"),
+        "layers": [
+            {"name": layer.name, "is_stem": layer.is_stem, "multiply_adds": layer.multiply_adds}
+            for layer in LAYERS
+        ],
+        "timings": rows,
+        "backward": backward,
+        "memory": memory,
+    }
+    return run.finish(options.output, document)
 
 
 if __name__ == "__main__":

@@ -66,15 +66,11 @@ class Point:
     memory_format: torch.memory_format
 
     @property
-    def takes_bytes(self) -> bool:
-        return self.layer.channels == 3
-
-    @property
     def bytes(self) -> int:
         """That must be moved: input, weight and output, each once."""
         layer, size = self.layer, self.precision.dtype.itemsize
         side = (layer.side + 2 * layer.padding - layer.kernel) // layer.stride + 1
-        input = layer.batch * layer.channels * layer.side**2 * (1 if self.takes_bytes else size)
+        input = layer.batch * layer.channels * layer.side**2 * (1 if layer.is_stem else size)
         weight = layer.outputs * layer.channels * layer.kernel**2 * size
         return input + weight + layer.batch * layer.outputs * side**2 * size
 
@@ -117,7 +113,7 @@ def contestants(point: Point, device: str) -> tuple[list[Contestant], torch.Tens
     shape = (layer.batch, layer.channels, layer.side, layer.side)
     normalization = None
     constants: tuple[Any, ...] = ((), (), 0)
-    if point.takes_bytes:
+    if point.layer.is_stem:
         normalization = pixfuse.IMAGENET
         constants = (normalization.mean, normalization.std, normalization.rounding_code)
         input = torch.randint(256, shape, dtype=torch.uint8, device=device)
@@ -135,7 +131,7 @@ def contestants(point: Point, device: str) -> tuple[list[Contestant], torch.Tens
 
     def eager() -> tuple[torch.Tensor, torch.Tensor]:
         values = input
-        if point.takes_bytes:
+        if point.layer.is_stem:
             values = ((input.float() * (1 / 255) - mean) / std).to(dtype)
         output = conv2d(values, weight, bias, layer.stride, layer.padding).relu_()
         return output, (output > 0).sum((0, 2, 3))
@@ -261,7 +257,7 @@ def measure(point: Point, limits: Limits, record: Record) -> dict[str, Any]:
     return {
         "layer": point.layer.name,
         "batch": point.layer.batch,
-        "input": "uint8" if point.takes_bytes else point.precision.name,
+        "input": "uint8" if point.layer.is_stem else point.precision.name,
         "precision": point.precision.name,
         "memory_format": str(point.memory_format).removeprefix("torch."),
         "roofline_us": float(f"{limits.roofline_us(point):.4g}"),
@@ -273,16 +269,6 @@ def measure(point: Point, limits: Limits, record: Record) -> dict[str, Any]:
 def claims(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each claim with its value, all computed from the rows."""
 
-    def worst(name: str, among: Sequence[dict[str, Any]], ours: str = OURS) -> float | None:
-        return min(
-            (
-                row["us_per_call"][name][1] / row["us_per_call"][ours][1]
-                for row in among
-                if name in row["us_per_call"] and ours in row["us_per_call"]
-            ),
-            default=None,
-        )
-
     def over_roofline(among: Sequence[dict[str, Any]]) -> float | None:
         return max(
             (row["us_per_call"][OURS][1] / row["roofline_us"] for row in among), default=None
@@ -290,18 +276,20 @@ def claims(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
     stems = [row for row in rows if row["input"] == "uint8"]
     layers = [row for row in rows if row["input"] != "uint8"]
-    of_layers = worst(FUSED, layers)
+    of_layers = report.least_ratio(layers, FUSED, OURS)
     return [
         report.claim(
             "stems from uint8: the least speedup over normalize, cuDNN, ReLU and count",
-            worst(EAGER, stems),
+            report.least_ratio(stems, EAGER, OURS),
             ">= 2",
         ),
         report.claim(
             "stems from uint8: the most time over the roofline", over_roofline(stems), "<= 1.5"
         ),
         report.claim(
-            "stems from uint8: the least speedup over torch.compile", worst(COMPILE, stems), ">= 1"
+            "stems from uint8: the least speedup over torch.compile",
+            report.least_ratio(stems, COMPILE, OURS),
+            ">= 1",
         ),
         report.claim(
             "layers of many channels: the most time over cuDNN's conv + bias + ReLU",
@@ -310,12 +298,12 @@ def claims(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         ),
         report.claim(
             "stems: the least speedup of our own kernel over cuDNN and a pass",
-            worst(CUDNN, stems, OWN),
+            report.least_ratio(stems, CUDNN, OWN),
             ">= 1",
         ),
         report.claim(
             "layers: the least speedup of cuDNN and a pass over our own kernel",
-            worst(OWN, layers, CUDNN),
+            report.least_ratio(layers, OWN, CUDNN),
             ">= 1",
         ),
     ]

@@ -166,29 +166,20 @@ def pinned_contestants(case: Case) -> list[Checked]:
 
 def claims(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each claim with its value, all computed from the rows."""
-
-    def least(slower: str, faster: str) -> float | None:
-        ratios = [
-            us[slower][1] / us[faster][1]
-            for row in rows
-            if {slower, faster} <= set(us := row["us_per_call"])
-        ]
-        return min(ratios, default=None)
-
     return [
         report.claim(
             "share of the device's copy bandwidth, crops, the least",
-            least(report.COPY, report.OURS),
+            report.least_ratio(rows, report.COPY, report.OURS),
             ">= 0.8",
         ),
         report.claim(
             "speedup over torch image by image, the least",
-            least(IMAGE_BY_IMAGE, report.OURS),
+            report.least_ratio(rows, IMAGE_BY_IMAGE, report.OURS),
             ">= 5",
         ),
         report.claim(
             "speedup of reading pinned memory in the kernel over copying it first, the least",
-            least(PINNED_COPY, PINNED_READ),
+            report.least_ratio(rows, PINNED_COPY, PINNED_READ),
             ">= 1",
         ),
     ]

@@ -11,7 +11,6 @@ was not equal; a missed target is reported, and is no error.
 
 from __future__ import annotations
 
-import argparse
 import random
 import sys
 import tempfile
@@ -31,7 +30,7 @@ from benchmarks import harness, report
 from benchmarks.bench_normalize import PACKAGES
 from benchmarks.peers import load
 from benchmarks.photos import photographs, random_crops, write_jpegs
-from benchmarks.report import OURS
+from benchmarks.report import OURS, Run, console
 
 NORMALIZATION = pixfuse.IMAGENET
 BATCH, SIDE = 64, 224
@@ -44,8 +43,6 @@ SOURCES = {
     "folder": f"JPEG files of {JPEG_SIDE}x{JPEG_SIDE}, decoded by Pillow, centre crop to {SIDE}",
 }
 PARTS = ("decode", "normalize", "move")
-
-console = report.console()
 
 
 class Images(Dataset[Any]):
@@ -200,10 +197,10 @@ def run_epoch(pipeline: Pipeline, timing: Timing) -> None:
 
 
 def run_source(
+    run: Run,
     source: str,
     items: Sequence[Any],
     rounds: int,
-    problems: list[str],
     worker_counts: Sequence[int] = WORKERS,
 ) -> list[dict[str, Any]]:
     """Check every pipeline, then run their epochs in turn, each round in a new order."""
@@ -214,8 +211,7 @@ def run_source(
         if problem is None:
             found.append(pipeline)
         else:
-            problems.append(problem)
-            console.print(f"not equal, so not timed: {problem}", style="red", markup=False)
+            run.note(problem)
     timings = [Timing() for _ in found]
     order = random.Random(0)
     for _ in range(rounds):
@@ -296,53 +292,37 @@ def print_rows(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="few images, few epochs")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        help="JSON file; without it, a full run writes benchmarks/results/loader_cpu.json",
-    )
-    options = parser.parse_args(argv)
-    output = options.output
-    if output is None and not options.quick:
-        output = harness.RESULTS / "loader_cpu.json"
-
     from PIL import Image
 
-    started = time.perf_counter()
+    options = report.options_of(__doc__, "loader_cpu.json", argv, quick="few images, few epochs")
+    run = Run()
     # One thread per process for everybody, as DataLoader gives its workers.
     torch.set_num_threads(1)
     count, rounds = (2 * BATCH, 2) if options.quick else (8 * BATCH, 9)
-    problems: list[str] = []
     _, pixels = random_crops(photographs(), count, SIDE)
-    rows = run_source("memory", [Image.fromarray(crop) for crop in pixels], rounds, problems)
+    rows = run_source(run, "memory", [Image.fromarray(crop) for crop in pixels], rounds)
     with tempfile.TemporaryDirectory() as folder:
         paths = write_jpegs(Path(folder), count, JPEG_SIDE)
-        rows += run_source("folder", paths, rounds, problems)
+        rows += run_source(run, "folder", paths, rounds)
     found = claims(rows)
     print_rows(rows)
-    report.print_claims(console, found)
-    if output is not None:
-        document = {
-            "about": "us_per_image holds the quartiles (25 %, median, 75 %) over epochs of the "
-            "wall-clock microseconds per image; parts_us says where the median goes: work done "
-            "in W workers at once counts 1/W, and what decoding and normalizing (transform and "
-            "collate) leave is moving batches, waiting for them and reading them once",
-            **harness.environment(PACKAGES),
-            "pixfuse": {key: pixfuse.info()[key] for key in ("isa", "available_isas", "cuda")},
-            "images": count,
-            "batch": BATCH,
-            "epochs": rounds,
-            "sources": SOURCES,
-            "unequal": problems,
-            "claims": found,
-            "rows": rows,
-        }
-        harness.write_json(output, document)
-        console.print(f"wrote {output}")
-    console.print(f"{time.perf_counter() - started:.0f} s, {len(problems)} unequal results")
-    return 1 if problems else 0
+    report.print_claims(found)
+    document = {
+        "about": "us_per_image holds the quartiles (25 %, median, 75 %) over epochs of the "
+        "wall-clock microseconds per image; parts_us says where the median goes: work done "
+        "in W workers at once counts 1/W, and what decoding and normalizing (transform and "
+        "collate) leave is moving batches, waiting for them and reading them once",
+        **harness.environment(PACKAGES),
+        "pixfuse": {key: pixfuse.info()[key] for key in ("isa", "available_isas", "cuda")},
+        "images": count,
+        "batch": BATCH,
+        "epochs": rounds,
+        "sources": SOURCES,
+        "unequal": run.problems,
+        "claims": found,
+        "rows": rows,
+    }
+    return run.finish(options.output, document)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ target is reported, and is no error.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import itertools
 import os
@@ -17,7 +16,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,8 +24,9 @@ from rich.table import Table
 
 import pixfuse
 from benchmarks import harness, peers, report
-from benchmarks.harness import Checked, Contestant, Plan, Timing, UnequalError
+from benchmarks.harness import Checked, Contestant, Plan, Timing
 from benchmarks.peers import Batch, Case, Peer
+from benchmarks.report import COPY, OURS, console
 
 SIDES = (32, 64, 128, 224, 512, 1024)
 BATCHES = (1, 8, 64, 256)
@@ -51,7 +50,6 @@ PACKAGES = (
     "kornia",
     "nvidia-dali-cuda130",
 )
-COPY, OURS = report.COPY, report.OURS
 COPY_HUGE = f"{COPY}, huge pages"
 OURS_FRESH = f"{OURS}, fresh"
 COMPILE_FRESH = f"{peers.TorchCompile.name}, fresh"
@@ -70,8 +68,6 @@ CLOSE = 1.25
 CLOSE_PLAN = Plan(rounds=31, sample_seconds=4e-3, budget_seconds=4.0, least_rounds=9)
 QUICK_GRID_PLAN = Plan(rounds=3, sample_seconds=1e-3, budget_seconds=0.2)
 QUICK_HEADLINE_PLAN = Plan(rounds=7, sample_seconds=5e-3, budget_seconds=10.0)
-
-console = report.console()
 
 
 # ---- who runs where ------------------------------------------------------------------------------
@@ -194,28 +190,18 @@ def checked_copy(traffic_bytes: int, *, huge_pages: bool = False) -> Checked:
     return Checked(contestant, source)
 
 
-class Run:
+class Run(report.Run):
     """One run of this program: who takes part, and what went wrong."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.peers: list[Peer] = []
-        self.unavailable: dict[str, str] = {}
-        self.problems: list[str] = []
         for peer in [*fast_peers(), *slow_peers()]:
             reason = peer.unavailable()
             if reason is None:
                 self.peers.append(peer)
             else:
                 self.unavailable[peer.name] = reason
-
-    def check(self, contestant: Contestant, expected: torch.Tensor) -> list[Checked]:
-        """The checked contestant, or nobody: then the problem is noted and nothing is timed."""
-        try:
-            return [Checked(contestant, expected)]
-        except UnequalError as error:
-            self.problems.append(str(error))
-            console.print(f"not equal, so not timed: {error}", style="red", markup=False)
-            return []
 
     def point(
         self, case: Case, batch: Batch, expected: torch.Tensor, candidates: Sequence[Peer]
@@ -477,22 +463,13 @@ def document(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="a small grid and few samples")
-    parser.add_argument(
-        "--filter", default="", help="only points whose label holds this text; 'headline' for none"
+    options = report.options_of(
+        __doc__,
+        "normalize_cpu.json",
+        argv,
+        quick="a small grid and few samples",
+        filter_help="only points whose label holds this text; 'headline' for none",
     )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        help="JSON file; without it, a full run writes benchmarks/results/normalize_cpu.json",
-    )
-    options = parser.parse_args(argv)
-    output = options.output
-    if output is None and not options.quick and not options.filter:
-        output = harness.RESULTS / "normalize_cpu.json"
-
-    started = time.perf_counter()
     run = Run()
     for reason in run.unavailable.values():
         console.print(f"left out: {reason}", style="yellow", markup=False)
@@ -505,12 +482,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if headline is not None:
         print_headline(headline)
     print_slower(rows)
-    report.print_claims(console, result["claims"])
-    if output is not None:
-        harness.write_json(output, result)
-        console.print(f"wrote {output}")
-    console.print(f"{time.perf_counter() - started:.0f} s, {len(run.problems)} unequal results")
-    return 1 if run.problems else 0
+    report.print_claims(result["claims"])
+    return run.finish(options.output, result)
 
 
 if __name__ == "__main__":

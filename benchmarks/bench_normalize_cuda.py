@@ -149,14 +149,6 @@ class Run:
 
 def claims(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each claim with its value, all computed from the rows."""
-
-    def ratio(row: dict[str, Any], a: str, b: str) -> float | None:
-        us = row["us_per_call"]
-        return us[a][1] / us[b][1] if a in us and b in us else None
-
-    def least(a: str, b: str, among: Sequence[dict[str, Any]]) -> float | None:
-        return min((r for row in among if (r := ratio(row, a, b)) is not None), default=None)
-
     ours, copy = report.OURS, report.COPY
     large = [row for row in rows if (row["batch"], row["height"]) in LARGE_SHAPES]
     main = [
@@ -168,22 +160,22 @@ def claims(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     found = [
         report.claim(
             "share of the device's copy bandwidth, 64x224x224x3 NHWC to float32 NCHW",
-            least(copy, ours, main),
+            report.least_ratio(main, copy, ours),
             ">= 0.9",
         ),
         report.claim(
             "the same, the least of all layouts and types at 64x224x224x3 and larger",
-            least(copy, ours, recycled),
+            report.least_ratio(recycled, copy, ours),
             ">= 0.9",
         ),
         report.claim(
             "speedup over torchvision v2, 64x224x224x3 NHWC to float32 NCHW",
-            least("torchvision v2", ours, main),
+            report.least_ratio(main, "torchvision v2", ours),
             ">= 5",
         ),
         report.claim(
             "the same, the least at 64x224x224x3 and larger",
-            least("torchvision v2", ours, large),
+            report.least_ratio(large, "torchvision v2", ours),
             ">= 5",
         ),
     ]

@@ -11,7 +11,6 @@ status 1 when a result was not equal; a missed target is reported, and is no err
 
 from __future__ import annotations
 
-import argparse
 import functools
 import itertools
 import sys
@@ -29,10 +28,10 @@ from rich.table import Table
 import pixfuse
 from benchmarks import harness, report
 from benchmarks.bench_normalize import PACKAGES, checked_copy
-from benchmarks.harness import Checked, Contestant, Plan, Tolerance, UnequalError
-from benchmarks.peers import load
+from benchmarks.harness import Contestant, Plan, Tolerance
+from benchmarks.peers import Batch, load
 from benchmarks.photos import copy_photographs, photographs, random_crops, write_jpegs
-from benchmarks.report import COPY, OURS
+from benchmarks.report import COPY, OURS, console, print_work
 from pixfuse import _counting
 from pixfuse._image_files import Reading, find_images
 
@@ -60,48 +59,25 @@ TOLERANCES = {
     ALBUMENTATIONS: Tolerance(2e-3, "float32, and adds 1e-4 to the std"),
 }
 
-console = report.console()
 
-
-class Pixels:
-    """The same images in both layouts."""
-
-    def __init__(self, pixels: np.ndarray[Any, Any]) -> None:
-        self.nhwc = torch.from_numpy(pixels)
-
-    @functools.cached_property
-    def nchw(self) -> torch.Tensor:
-        return self.nhwc.permute(0, 3, 1, 2).contiguous()
-
-    def images(self, layout: str) -> torch.Tensor:
-        return self.nhwc if layout == "NHWC" else self.nchw
-
-    def view(self, layout: str) -> torch.Tensor:
-        """Shaped NCHW, whichever way it lies in memory."""
-        return self.nhwc.permute(0, 3, 1, 2) if layout == "NHWC" else self.nchw
-
-
-def photo_pixels(count: int, side: int) -> Pixels:
+def photo_pixels(count: int, side: int) -> Batch:
     """Crops of photographs: neighbouring pixels are alike, as in what is counted in earnest."""
     photos = [np.tile(photo, (-(-side // 427), -(-side // 640), 1)) for photo in photographs()]
-    return Pixels(random_crops(photos, count, side)[1])
+    return Batch(torch.from_numpy(random_crops(photos, count, side)[1]))
 
 
-def random_pixels(count: int, side: int) -> Pixels:
+def random_pixels(count: int, side: int) -> Batch:
     """Every byte as likely as any other, and no neighbours alike."""
     random = np.random.default_rng(0)
-    return Pixels(random.integers(0, 256, (count, side, side, 3), dtype=np.uint8))
+    pixels = random.integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+    return Batch(torch.from_numpy(pixels))
 
 
 # ---- contestants ---------------------------------------------------------------------------------
 
 
-class Run:
-    """One run of this program: what went wrong in it."""
-
-    def __init__(self) -> None:
-        self.problems: list[str] = []
-        self.unavailable: dict[str, str] = {}
+class Run(report.Run):
+    """One run of this program: who was left out, and what went wrong in it."""
 
     def load(self, name: str, module: str) -> Any:
         """The module of a peer, or None: then it is noted that it was left out."""
@@ -110,18 +86,6 @@ class Run:
         except ImportError as error:
             self.unavailable[name] = str(error)
             return None
-
-    def check(self, contestant: Contestant, expected: torch.Tensor) -> list[Checked]:
-        """The checked contestant, or nobody: then the problem is noted and nothing is timed."""
-        try:
-            return [Checked(contestant, expected)]
-        except UnequalError as error:
-            self.note(str(error))
-            return []
-
-    def note(self, problem: str) -> None:
-        self.problems.append(problem)
-        console.print(f"not equal, so not timed: {problem}", style="red", markup=False)
 
 
 @dataclass(frozen=True)
@@ -134,7 +98,7 @@ class Job:
     others: list[tuple[Contestant, torch.Tensor]] = field(default_factory=list)  # not the same work
 
 
-def histogram_job(run: Run, pixels: Pixels, layout: Any) -> Job:
+def histogram_job(run: Run, pixels: Batch, layout: Any) -> Job:
     """Counts of each channel; peers count channel after channel, as their users type it."""
     images = pixels.images(layout)
     array = images.numpy()
@@ -168,7 +132,7 @@ def histogram_job(run: Run, pixels: Pixels, layout: Any) -> Job:
     return Job(contestants, pixfuse.reference.channel_histogram(images, layout), images.numel())
 
 
-def moments_job(run: Run, pixels: Pixels, layout: Any) -> Job:
+def moments_job(run: Run, pixels: Batch, layout: Any) -> Job:
     """Sums and sums of squares of each image: int64, as sums of squares leave 32 bits."""
     images, view = pixels.images(layout), pixels.view(layout)
 
@@ -184,7 +148,7 @@ def moments_job(run: Run, pixels: Pixels, layout: Any) -> Job:
     return Job(contestants, expected, images.numel())
 
 
-def standardize_job(run: Run, pixels: Pixels, layout: Any) -> Job:
+def standardize_job(run: Run, pixels: Batch, layout: Any) -> Job:
     """Each image to mean 0 and std 1, in the memory format that it has."""
     images, view = pixels.images(layout), pixels.view(layout)
     least = float(view[0].numel()) ** -0.5
@@ -226,7 +190,7 @@ def standardize_job(run: Run, pixels: Pixels, layout: Any) -> Job:
     return Job(contestants, expected, 5 * images.numel())
 
 
-def denormalize_job(run: Run, pixels: Pixels, layout: Any) -> Job:
+def denormalize_job(run: Run, pixels: Batch, layout: Any) -> Job:
     """Normalized floats back to the bytes they were."""
     formats = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
     values = pixfuse.normalize(
@@ -270,7 +234,7 @@ def denormalize_job(run: Run, pixels: Pixels, layout: Any) -> Job:
     return Job(contestants, expected, 5 * values.numel(), [(bfloat16, narrow_expected)])
 
 
-JOBS: dict[str, Callable[[Run, Pixels, str], Job]] = {
+JOBS: dict[str, Callable[[Run, Batch, str], Job]] = {
     "channel_histogram": histogram_job,
     "image_moments": moments_job,
     "standardize_per_image": standardize_job,
@@ -281,7 +245,7 @@ JOBS: dict[str, Callable[[Run, Pixels, str], Job]] = {
 # ---- the operators -------------------------------------------------------------------------------
 
 
-def run_job(run: Run, name: str, pixels: Pixels, layout: str, plan: Plan) -> dict[str, Any]:
+def run_job(run: Run, name: str, pixels: Batch, layout: str, plan: Plan) -> dict[str, Any]:
     """Ourselves, every peer and a copy, interleaved, one thread."""
     torch.set_num_threads(1)
     job = JOBS[name](run, pixels, layout)
@@ -491,26 +455,6 @@ def claims(main: Sequence[dict[str, Any]], stats: dict[str, Any]) -> list[dict[s
     return [report.claim(*item) for item in found]
 
 
-def print_results(results: Sequence[dict[str, Any]]) -> None:
-    for result in results:
-        table = Table(title=f"{result['operator']}, {result['layout']}, {result['input']}")
-        for column in ("", "us per image", "quartiles", "time / pixfuse", "largest difference"):
-            table.add_column(column, justify="left" if not column else "right")
-        times = sorted(result["us_per_call"].items(), key=lambda item: item[1][1])
-        ours_us = result["us_per_call"].get(OURS, [float("nan")] * 3)[1]
-        for name, quartiles in times:
-            low, middle, high = (value / result["images"] for value in quartiles)
-            error = result["max_error"][name]
-            table.add_row(
-                f"[bold]{name}[/]" if name.startswith(OURS) else name,
-                f"{middle:.1f}",
-                f"{low:.1f} to {high:.1f}",
-                f"{quartiles[1] / ours_us:.2f}",
-                "equal" if error == 0 else f"{error:.1e}",
-            )
-        console.print(table)
-
-
 def print_stats(stats: dict[str, Any]) -> None:
     table = Table(title=f"pixfuse stats, {stats['images']} {stats['input']}")
     for column in ("workers", "us per image", "decode", "decoding share", "startup, s"):
@@ -527,19 +471,9 @@ def print_stats(stats: dict[str, Any]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="few samples, a grid of one size")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        help="JSON file; without it, a full run writes benchmarks/results/pixels_cpu.json",
+    options = report.options_of(
+        __doc__, "pixels_cpu.json", argv, quick="few samples, a grid of one size"
     )
-    options = parser.parse_args(argv)
-    output = options.output
-    if output is None and not options.quick:
-        output = harness.RESULTS / "pixels_cpu.json"
-
-    started = time.perf_counter()
     run = Run()
     pixels = photo_pixels(BATCH, SIDE)
     plan = QUICK_PLAN if options.quick else PLAN
@@ -552,35 +486,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     stats = run_stats(run, PHOTOGRAPHS, quick=options.quick)
     crops_stats = run_stats(run, CROPS, quick=options.quick)
     found = claims(results, stats)
-    print_results(results)
+    for result in results:
+        print_work(f"{result['operator']}, {result['layout']}, {result['input']}", result)
     print_stats(stats)
     print_stats(crops_stats)
-    report.print_claims(console, found)
+    report.print_claims(found)
     for name, reason in run.unavailable.items():
         console.print(f"left out: {name}: {reason}", style="yellow", markup=False)
-    if output is not None:
-        document = {
-            "about": "us_per_call holds the quartiles (25 %, median, 75 %) of one call in "
-            "microseconds, a call being a whole batch; max_error the largest difference from "
-            "pixfuse.reference; the claims take the worse of the two layouts. In stats, "
-            "us_per_image is the wall-clock time once all workers run, startup_seconds what comes "
-            "before; speedup_over_one holds the quartiles of the rounds' ratios to one worker; "
-            "decoding is opening, reading and decompressing a file; decoding_share is its "
-            "share of the whole run without workers, and with them of the workers' work",
-            **harness.environment(PACKAGES),
-            "pixfuse": {key: pixfuse.info()[key] for key in ("isa", "available_isas", "cuda")},
-            "unavailable": run.unavailable,
-            "unequal": run.problems,
-            "claims": found,
-            "results": results,
-            "stats": stats,
-            "stats_of_crops": crops_stats,
-            "grid": rows,
-        }
-        harness.write_json(output, document)
-        console.print(f"wrote {output}")
-    console.print(f"{time.perf_counter() - started:.0f} s, {len(run.problems)} unequal results")
-    return 1 if run.problems else 0
+    document = {
+        "about": "us_per_call holds the quartiles (25 %, median, 75 %) of one call in "
+        "microseconds, a call being a whole batch; max_error the largest difference from "
+        "pixfuse.reference; the claims take the worse of the two layouts. In stats, "
+        "us_per_image is the wall-clock time once all workers run, startup_seconds what comes "
+        "before; speedup_over_one holds the quartiles of the rounds' ratios to one worker; "
+        "decoding is opening, reading and decompressing a file; decoding_share is its "
+        "share of the whole run without workers, and with them of the workers' work",
+        **harness.environment(PACKAGES),
+        "pixfuse": {key: pixfuse.info()[key] for key in ("isa", "available_isas", "cuda")},
+        "unavailable": run.unavailable,
+        "unequal": run.problems,
+        "claims": found,
+        "results": results,
+        "stats": stats,
+        "stats_of_crops": crops_stats,
+        "grid": rows,
+    }
+    return run.finish(options.output, document)
 
 
 if __name__ == "__main__":

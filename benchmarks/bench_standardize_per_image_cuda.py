@@ -188,14 +188,6 @@ def contestants(point: Point, record: Record) -> list[Checked]:
 def claims(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each claim with its value, all computed from the rows."""
 
-    def ratio(row: dict[str, Any], slower: str, faster: str) -> float | None:
-        us = row["us_per_call"]
-        return us[slower][1] / us[faster][1] if slower in us and faster in us else None
-
-    def least(slower: str, faster: str, among: Sequence[dict[str, Any]]) -> float | None:
-        found = (ratio(row, slower, faster) for row in among)
-        return min((r for r in found if r is not None), default=None)
-
     def best_way(row: dict[str, Any]) -> float:
         return float(min(row["us_per_call"][way][1] for way in WAYS if way in row["us_per_call"]))
 
@@ -208,12 +200,12 @@ def claims(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [
         report.claim(
             "64 and 256 images of 224x224x3: the least speedup of one pass over two kernels",
-            least(TWO_KERNELS, ONE_PASS, main),
+            report.least_ratio(main, TWO_KERNELS, ONE_PASS),
             ">= 1.1",
         ),
         report.claim(
             "the same: the least share of the device's copy bandwidth in one pass",
-            least(report.COPY, ONE_PASS, main),
+            report.least_ratio(main, report.COPY, ONE_PASS),
             ">= 0.8",
         ),
         report.claim(
@@ -223,7 +215,7 @@ def claims(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         ),
         report.claim(
             "all shapes: the least speedup over torch eager",
-            least(EAGER, report.OURS, rows),
+            report.least_ratio(rows, EAGER, report.OURS),
             ">= 3",
         ),
     ]

@@ -27,6 +27,7 @@ from benchmarks import bench_loader, harness, peers, report, units
 from benchmarks.harness import Checked, Plan, Timing, UnequalError
 from benchmarks.peers import Batch, Case, Peer
 from benchmarks.photos import Crop, photographs, random_crops, write_jpegs
+from benchmarks.report import console
 
 CROPS, SIDE = 64, 224
 FILES, LOADER_EPOCHS, LOADER_WORKERS = 256, 3, (0, 2)
@@ -41,8 +42,6 @@ CHANNEL_COLORS = ("#d64545", "#3f9142", "#3a6ea5")
 BAR_COLORS = {torch.float32: "#e4572e", torch.bfloat16: "#f3a98f"}
 PEER_BAR_COLORS = {torch.float32: "#9aa5b1", torch.bfloat16: "#cbd2d9"}
 TEXT_COLOR, FAINT_COLOR = "#1f2933", "#6b7683"
-
-console = report.console()
 
 
 @dataclass(frozen=True)
@@ -150,12 +149,12 @@ def peer_notes(results: Sequence[Result]) -> list[str]:
 
 def run_loader() -> list[str]:
     """A folder of JPEG files through a DataLoader, every batch checked; returns what differed."""
-    problems: list[str] = []
+    run = report.Run()
     with tempfile.TemporaryDirectory() as folder:
         paths = write_jpegs(Path(folder), FILES, bench_loader.JPEG_SIDE)
-        rows = bench_loader.run_source("folder", paths, LOADER_EPOCHS, problems, LOADER_WORKERS)
+        rows = bench_loader.run_source(run, "folder", paths, LOADER_EPOCHS, LOADER_WORKERS)
     bench_loader.print_rows(rows)
-    return problems
+    return run.problems
 
 
 # ---- the picture ---------------------------------------------------------------------------------

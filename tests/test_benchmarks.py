@@ -194,12 +194,12 @@ def test_everybody_who_handles_pixels_is_checked(name: str, layout: str) -> None
 def test_one_wrong_pixel_is_not_timed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pixels = bench_pixels.random_pixels(2, 5)
     honest = getattr(pixfuse, name)
-    other = bench_pixels.Pixels(pixels.nhwc.numpy().copy())
-    other.nhwc[1, 4, 4, 2] ^= 1
+    other = pixels.nhwc.clone()
+    other[1, 4, 4, 2] ^= 1
 
     def wrong(*arguments: object, **options: object) -> object:
         if name != "denormalize":
-            return honest(other.nhwc, *arguments[1:], **options)
+            return honest(other, *arguments[1:], **options)
         result = honest(*arguments, **options)
         result.view(-1)[-1] ^= 1
         return result
@@ -270,7 +270,7 @@ def test_convolutions_are_compared_within_a_round() -> None:
     ours, fused = (
         harness.Timing(Checked(Contestant(name, lambda: torch.zeros(1)), torch.zeros(1)), seconds)
         for name, seconds in (
-            (bench_conv_bias_relu.OURS, (1.0, 2.0, 4.0)),
+            (report.OURS, (1.0, 2.0, 4.0)),
             (bench_conv_bias_relu.FUSED, (2.0, 4.0, 1.0)),
         )
     )

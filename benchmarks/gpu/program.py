@@ -35,7 +35,7 @@ TRY_OUT_PLAN = Plan(rounds=3, sample_seconds=1e-3, budget_seconds=0.2)
 
 Point = TypeVar("Point")
 
-console = report.console()
+console = report.console
 
 
 def options_of(
@@ -213,7 +213,7 @@ class Record:
 
     def finish(self) -> int:
         """Writes the file and prints the claims; the status to exit with."""
-        report.print_claims(console, self.write())
+        report.print_claims(self.write())
         seconds = time.perf_counter() - self.started
         console.print(
             f"{seconds:.0f} s, {len(self.rows)} points, {self.left_out} left out, "
