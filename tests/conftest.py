@@ -88,6 +88,14 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
             yield torch.device("cpu")
 
 
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """What is compiled in a test is compiled anew, and is not there afterwards."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

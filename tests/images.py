@@ -1,5 +1,6 @@
 """Images to test with: every byte value, and every way in which a batch can lie in memory."""
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -104,3 +105,15 @@ LAYOUTS: dict[str, Callable[[int, int, int, int], torch.Tensor]] = {
 def whole_storage(tensor: torch.Tensor) -> torch.Tensor:
     """Every byte of the memory that a view looks into, the ones between its elements too."""
     return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+
+
+def relaid(images: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The same view of the same bytes, on another device."""
+    storage = whole_storage(images).to(device)
+    return storage.as_strided(images.shape, images.stride(), images.storage_offset())
+
+
+def quantized(*shape: int) -> torch.Tensor:
+    with warnings.catch_warnings():  # torch deprecates them, and still has them
+        warnings.simplefilter("ignore")
+        return torch.quantize_per_tensor(torch.zeros(shape), 1.0, 0, torch.quint8)

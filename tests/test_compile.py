@@ -1,6 +1,5 @@
 """The operators under torch.compile, torch.export and opcheck: no graph breaks, the same bits."""
 
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import pytest
@@ -17,11 +16,7 @@ from tests.normalizations import DTYPES, ROUNDINGS, made_up
 FORMATS = (torch.contiguous_format, torch.channels_last, torch.preserve_format)
 
 
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def compiled(function: Any, **options: Any) -> tuple[Any, CompileCounterWithBackend]:

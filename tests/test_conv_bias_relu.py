@@ -1537,13 +1537,6 @@ def test_no_gradient_flows_to_the_activity() -> None:
 # --- the operator and torch's transformations ---
 
 
-@pytest.fixture
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 OPERANDS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "floats": lambda: (torch.randn(2, 3, 7, 8), (4, 3, 3, 3), 1, [], [], 0, 0, False),
     "many channels": lambda: (torch.randn(2, 6, 7, 8), (4, 3, 3, 3), 2, [], [], 0, 0, True),
@@ -1575,7 +1568,7 @@ def test_opcheck(operand: str, requires_grad: bool) -> None:
     )
 
 
-@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_to_one_graph(dynamic: bool) -> None:
     def function(
@@ -1602,7 +1595,7 @@ def test_compiles_to_one_graph(dynamic: bool) -> None:
             torch.testing.assert_close(mine.grad, other.grad)
 
 
-@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 def test_inductor() -> None:
     def function(input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         output, activity = pixfuse.conv_bias_relu(input.flip(-1), weight, padding="same")

@@ -13,7 +13,7 @@ from torch.nn.functional import conv2d, relu
 import pixfuse
 from pixfuse._convolution_autograd import OUTPUT_DTYPE_CODES
 from tests.bits import assert_same_bits
-from tests.images import LAYOUTS, random_bytes
+from tests.images import LAYOUTS, random_bytes, relaid
 from tests.normalizations import made_up
 from tests.test_conv_bias_relu import (
     DTYPES,
@@ -25,7 +25,6 @@ from tests.test_conv_bias_relu import (
     Truth,
     check_activity,
 )
-from tests.test_normalize import relaid
 
 # Of torch's own convolution.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")

@@ -4,7 +4,6 @@ import contextlib
 import io
 import math
 import re
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +17,7 @@ from PIL import Image
 import pixfuse
 from pixfuse import Normalization
 from tests.bits import assert_same_bits
-from tests.images import random_bytes
+from tests.images import quantized, random_bytes
 from tests.samples import pillow
 
 BATCH = torch.randint(256, (3, 3, 8, 9), dtype=torch.uint8)
@@ -63,12 +62,6 @@ def closed_image() -> Image.Image:
     image = Image.open(io.BytesIO(stream.getvalue()))
     image.close()
     return image
-
-
-def quantized() -> torch.Tensor:
-    with warnings.catch_warnings():  # torch deprecates them, and still has them
-        warnings.simplefilter("ignore")
-        return torch.quantize_per_tensor(torch.zeros(3, 8, 9), 1.0, 0, torch.quint8)
 
 
 def out_over_an_image() -> dict[str, Any]:
@@ -222,7 +215,7 @@ BAD_CALLS: dict[str, tuple[Callable[[], dict[str, Any]], Errors, str]] = {
         r"expected images\[0\] of dtype uint8, got torch.int8",
     ),
     "quantized tensor": (
-        lambda: with_image(quantized()),
+        lambda: with_image(quantized(3, 8, 9)),
         TypeError,
         r"expected images\[1\] of dtype uint8, got torch.quint8",
     ),
@@ -1028,7 +1021,7 @@ BAD_OPERANDS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
         lambda: {"images": [*BATCH[:2], BATCH[2].to_sparse()]},
         "Sparse|dense",
     ),
-    "quantized images": (lambda: {"images": [quantized()] * 3}, "Quantized|uint8"),
+    "quantized images": (lambda: {"images": [quantized(3, 8, 9)] * 3}, "Quantized|uint8"),
     "too few images": (
         lambda: {"images": list(BATCH[:2])},
         r"placements to be .* of shape \(2, 4\)",

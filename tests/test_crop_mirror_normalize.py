@@ -21,7 +21,7 @@ from pixfuse.normalization import ROUNDING_CODES, Rounding
 from tests.bits import assert_same_bits
 from tests.conftest import require_cuda
 from tests.guards import assert_guards_untouched, guarded_output
-from tests.images import LAYOUTS, LONG_WIDTHS, WIDTHS, all_values, random_bytes, whole_storage
+from tests.images import LAYOUTS, LONG_WIDTHS, WIDTHS, all_values, random_bytes, relaid
 from tests.isas import WITH_OWN_LOOPS
 from tests.normalizations import ROUNDINGS, made_up, of_any_units
 from tests.samples import PILLOW_IMAGES, SAMPLES, contents, pillow, samples
@@ -31,12 +31,6 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 DTYPES = (*FLOATS, torch.uint8)
 FORMATS = (torch.contiguous_format, torch.channels_last)
 MIRROR_AND_FLIP = tuple(itertools.product([False, True], repeat=2))
-
-
-def relaid(image: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The same view of the same bytes, on another device."""
-    storage = whole_storage(image).to(device)
-    return storage.as_strided(image.shape, image.stride(), image.storage_offset())
 
 
 def moved(images: Any, device: torch.device) -> Any:

@@ -119,6 +119,15 @@ def assert_passes(result: subprocess.CompletedProcess[str]) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+def assert_has_no_races(program: Path, what: str, order: str, least_bytes: int) -> None:
+    """In this order's share of the cases, of which the checker has looked at enough."""
+    result = run(program, what, order=order, share=share_of(order))
+    assert_passes(result)
+    checked = re.search(r"race checker: (\d+) bytes checked", result.stderr)
+    assert checked
+    assert int(checked[1]) > least_bytes
+
+
 def assert_finds(result: subprocess.CompletedProcess[str], message: str) -> None:
     said = result.stdout + result.stderr
     assert result.returncode != 0, f"the mistake was not found: {said}"
@@ -255,11 +264,7 @@ def test_normalize_sanitized(builds: Toolchain, program: Program, order: str, wh
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("program", [normalize(RACE)], ids=str)
 def test_normalize_has_no_races(builds: Toolchain, program: Program, order: str, what: str) -> None:
-    result = run(builds.build(program), what, order=order, share=share_of(order))
-    assert_passes(result)
-    checked = re.search(r"race checker: (\d+) bytes checked", result.stderr)
-    assert checked
-    assert int(checked[1]) > 1_000_000
+    assert_has_no_races(builds.build(program), what, order, 1_000_000)
 
 
 @pytest.mark.skipif(
@@ -503,11 +508,7 @@ def test_crop_mirror_normalize_sanitized(
 def test_crop_mirror_normalize_has_no_races(
     builds: Toolchain, program: Program, order: str, what: str
 ) -> None:
-    result = run(builds.build(program), what, order=order, share=share_of(order))
-    assert_passes(result)
-    checked = re.search(r"race checker: (\d+) bytes checked", result.stderr)
-    assert checked
-    assert int(checked[1]) > 1_000_000
+    assert_has_no_races(builds.build(program), what, order, 1_000_000)
 
 
 PLANTED_IN_CROP_MIRROR_NORMALIZE = (

@@ -4,8 +4,6 @@ Values, sanitizers in three orders of the threads, a race checker, and mistakes 
 kernels that these must find: `cuda_on_cpu/README.md`.
 """
 
-import re
-
 import pytest
 
 from tests.cuda_on_cpu.planted import Planted, Search, searches, together
@@ -24,10 +22,10 @@ from tests.test_cuda_on_cpu import (
     ORDERS,
     UNREACHED,
     WRONG_VALUE,
+    assert_has_no_races,
     assert_is_found,
     assert_passes,
     run,
-    share_of,
 )
 
 HISTOGRAM = Kernel(CSRC / "channel_histogram" / "channel_histogram_cuda.cu")
@@ -64,11 +62,7 @@ def test_sanitized(builds: Toolchain, program: Program, what: str, order: str) -
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("program", [program_of(kernel, RACE) for kernel in JOBS], ids=str)
 def test_no_races(builds: Toolchain, program: Program, order: str) -> None:
-    result = run(builds.build(program), "few", order=order, share=share_of(order))
-    assert_passes(result)
-    checked = re.search(r"race checker: (\d+) bytes checked", result.stderr)
-    assert checked
-    assert int(checked[1]) > 100_000
+    assert_has_no_races(builds.build(program), "few", order, 100_000)
 
 
 PLANTED = (

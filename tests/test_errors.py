@@ -3,7 +3,6 @@
 import contextlib
 import math
 import subprocess
-import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,6 +16,7 @@ from hypothesis import strategies as st
 import pixfuse
 from pixfuse import Normalization, _library
 from pixfuse.normalization import Rounding
+from tests.images import quantized
 from tests.processes import python
 
 IMAGES = torch.randint(256, (2, 3, 4, 5), dtype=torch.uint8)
@@ -31,12 +31,6 @@ def images_in_a_buffer() -> tuple[torch.Tensor, torch.Tensor]:
 
 def sparse() -> torch.Tensor:
     return IMAGES.to_sparse()
-
-
-def quantized() -> torch.Tensor:
-    with warnings.catch_warnings():  # torch deprecates them, and still has them
-        warnings.simplefilter("ignore")
-        return torch.quantize_per_tensor(torch.zeros(2, 3, 4, 5), 1.0, 0, torch.quint8)
 
 
 # --- Normalization ---
@@ -230,7 +224,7 @@ BAD_CALLS: dict[str, tuple[Callable[[], dict[str, Any]], Errors, str]] = {
         r"expected images to be a dense tensor, got layout torch.sparse_coo; .*to_dense",
     ),
     "quantized images": (
-        lambda: {"images": quantized()},
+        lambda: {"images": quantized(2, 3, 4, 5)},
         TypeError,
         r"expected images of dtype uint8, got torch.quint8",
     ),
@@ -394,7 +388,7 @@ BAD_CALLS: dict[str, tuple[Callable[[], dict[str, Any]], Errors, str]] = {
         r"expected out to be a dense tensor, got layout torch.sparse_coo",
     ),
     "quantized out": (
-        lambda: {"out": quantized()},
+        lambda: {"out": quantized(2, 3, 4, 5)},
         TypeError,
         r"expected out of dtype torch.float32, got torch.quint8",
     ),
@@ -544,7 +538,7 @@ BAD_OPERANDS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
         "normalize: expected images to have 3 or 4 dimensions, got 5",
     ),
     "sparse images": (lambda: {"images": sparse()}, "Sparse"),
-    "quantized images": (lambda: {"images": quantized()}, "Quantized"),
+    "quantized images": (lambda: {"images": quantized(2, 3, 4, 5)}, "Quantized"),
     "no mean": (lambda: {"mean": []}, r"normalize: expected mean and std with 1 value or one per"),
     "no std": (lambda: {"std": []}, r"normalize: expected mean and std with 1 value or one per"),
     "two means": (
@@ -610,7 +604,7 @@ BAD_OUTS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
         "normalize: expected out to share no memory with images",
     ),
     "sparse": (lambda: {"out": torch.zeros(2, 3, 4, 5).to_sparse()}, "Sparse"),
-    "quantized": (lambda: {"out": quantized()}, "Quantized"),
+    "quantized": (lambda: {"out": quantized(2, 3, 4, 5)}, "Quantized"),
 }
 CASES = {
     **{f"{op}: {k}": (op, *v) for op in OUT_OR_NOT for k, v in BAD_OPERANDS.items()},

@@ -788,13 +788,6 @@ def test_a_step_stays_on_the_device() -> None:
 # --- torch.compile ---
 
 
-@pytest.fixture
-def fresh_compiler() -> Any:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("fullgraph", [False, True])
 @pytest.mark.parametrize("way", ["wrapped", "wrapped later", "in place"])

@@ -4,7 +4,7 @@ import copy
 import io
 import pickle
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -84,13 +84,6 @@ def gradients(model: nn.Module, input: torch.Tensor) -> dict[str, torch.Tensor]:
         found["input"] = leaf.grad
     model.zero_grad(set_to_none=True)
     return found
-
-
-@pytest.fixture
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 # --- a drop-in ---
@@ -416,7 +409,7 @@ def test_data_parallel_copies_tell_the_same_hooks() -> None:
 # --- compilers ---
 
 
-@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_compiles_to_one_graph(backend: str, dynamic: bool | None) -> None:
@@ -442,7 +435,7 @@ def test_compiles_to_one_graph(backend: str, dynamic: bool | None) -> None:
         torch.testing.assert_close(parameter.grad, eager.get_parameter(name).grad)
 
 
-@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 def test_a_compiled_stem() -> None:
     stem = PixelStem(3, 8, 3, normalization=pixfuse.IMAGENET, input_layout="NHWC")
     images = random_bytes(2, 9, 9, 3)
@@ -452,7 +445,7 @@ def test_a_compiled_stem() -> None:
     assert_activity_of(stem.last_activity, expected)
 
 
-@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("strict", [True, False])
 def test_export(strict: bool) -> None:
     for module, input in (

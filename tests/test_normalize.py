@@ -23,6 +23,7 @@ from tests.images import (
     WIDTHS,
     all_values,
     random_bytes,
+    relaid,
     whole_storage,
 )
 from tests.isas import WITH_OWN_LOOPS
@@ -202,12 +203,6 @@ def test_layouts(device: torch.device, layout: str, dtype: torch.dtype) -> None:
                 memory_format=memory_format,
             )
             assert_same_bits(nhwc, nchw)
-
-
-def relaid(images: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The same view of the same bytes, on another device."""
-    storage = whole_storage(images).to(device)
-    return storage.as_strided(images.shape, images.stride(), images.storage_offset())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

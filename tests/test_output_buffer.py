@@ -8,7 +8,6 @@ import pickle
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ import torch
 import pixfuse
 from tests.bits import assert_same_bits
 from tests.images import random_bytes
-from tests.processes import python, wait_for
+from tests.processes import python, resident_bytes, wait_for
 
 MIB = 1 << 20
 
@@ -158,11 +157,6 @@ def test_a_much_smaller_output_does_not_take_a_large_block() -> None:
     del large
     small = pixfuse.normalize(images_for(4 * MIB))
     assert small.data_ptr() != address
-
-
-def resident_bytes() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_empty_cache_gives_the_memory_back() -> None:

@@ -4,7 +4,7 @@ import collections
 import copy
 import io
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -485,14 +485,7 @@ def test_it_imports_neither_torchvision_nor_pillow() -> None:
 # --- torch.compile ---
 
 
-@pytest.fixture
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("kind", ["tensor", "batch", "two batches", "pair"])
 def test_compiled_is_eager(kind: str) -> None:
     transform = ToNormalized(pixfuse.IMAGENET)
@@ -503,7 +496,7 @@ def test_compiled_is_eager(kind: str) -> None:
     assert counter.frame_count == 1
 
 
-@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_behind_v2() -> None:
     pipeline = nn.Sequential(v2.CenterCrop(8), ToNormalized(pixfuse.IMAGENET))
     images = random_bytes(2, 3, 20, 20)
