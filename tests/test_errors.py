@@ -452,7 +452,9 @@ def test_memory_that_was_freed(name: str, call: Callable[[torch.Tensor], Any], s
     with pytest.raises(ValueError, match=f"{message}0; was it freed or resized"):
         call(freed(tensor))
     if side > 8:
-        with pytest.raises(ValueError, match=f"{message}100; "):
+        # By its shape `out` may reach into the images, wherever its 100 bytes come to lie.
+        overlap = "|out to share no memory with images" if name == "out" else ""
+        with pytest.raises(ValueError, match=f"{message}100; {overlap}"):
             call(freed(tensor.new_zeros(tensor.shape), left=100))
 
 
