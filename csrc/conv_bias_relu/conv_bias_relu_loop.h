@@ -1,6 +1,7 @@
 // The loops of one instruction set, as conv_bias_relu_cpu.cpp sees them. The loop files are
 // compiled once for each namespace below, but for that of the matrix unit.
 #pragma once
+#include "conv_bias_relu/conv_bias_relu.h"
 #include "conv_bias_relu/digits.h"
 #include "conv_bias_relu/winograd.h"
 

@@ -27,7 +27,7 @@
 // exact in float32. And the price is paid back, as fewer terms are added up one after the other:
 // runs of kWinogradTerms, not all taps.
 #pragma once
-#include "conv_bias_relu/conv_bias_relu.h"
+#include <stdint.h>
 
 namespace pixfuse {
 

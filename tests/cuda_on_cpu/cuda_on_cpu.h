@@ -92,10 +92,6 @@ inline void __syncwarp(unsigned mask = 0xffffffffu, CUDA_ON_CPU_WHERE) {
   ::cuda_on_cpu::synchronize_warp(mask, where);
 }
 
-// Fibers switch only at barriers and warp operations: memory is always consistent.
-inline void __threadfence() {}
-inline void __threadfence_block() {}
-
 namespace cuda_on_cpu {
 
 template <class T>
@@ -184,60 +180,13 @@ template <class T>
 T atomicAdd(T* address, std::type_identity_t<T> value) {
   return ::cuda_on_cpu::update_atomically(address, [&](T old) -> T { return old + value; });
 }
-template <class T>
-T atomicSub(T* address, std::type_identity_t<T> value) {
-  return ::cuda_on_cpu::update_atomically(address, [&](T old) -> T { return old - value; });
-}
-template <class T>
-T atomicMax(T* address, std::type_identity_t<T> value) {
-  return ::cuda_on_cpu::update_atomically(address,
-                                          [&](T old) { return old < value ? value : old; });
-}
-template <class T>
-T atomicMin(T* address, std::type_identity_t<T> value) {
-  return ::cuda_on_cpu::update_atomically(address,
-                                          [&](T old) { return value < old ? value : old; });
-}
-template <class T>
-T atomicAnd(T* address, std::type_identity_t<T> value) {
-  return ::cuda_on_cpu::update_atomically(address, [&](T old) -> T { return old & value; });
-}
-template <class T>
-T atomicOr(T* address, std::type_identity_t<T> value) {
-  return ::cuda_on_cpu::update_atomically(address, [&](T old) -> T { return old | value; });
-}
-template <class T>
-T atomicExch(T* address, std::type_identity_t<T> value) {
-  return ::cuda_on_cpu::update_atomically(address, [&](T) { return value; });
-}
-template <class T>
-T atomicCAS(T* address, std::type_identity_t<T> compare, std::type_identity_t<T> value) {
-  return ::cuda_on_cpu::update_atomically(address,
-                                          [&](T old) { return old == compare ? value : old; });
-}
 
 // --- Memory ---
 
-// Cache hints change no value.
+// A cache hint changes no value.
 template <class T>
 T __ldg(const T* address) {
   return *address;
-}
-template <class T>
-T __ldcg(const T* address) {
-  return *address;
-}
-template <class T>
-T __ldcs(const T* address) {
-  return *address;
-}
-template <class T>
-void __stcg(T* address, std::type_identity_t<T> value) {
-  *address = value;
-}
-template <class T>
-void __stcs(T* address, std::type_identity_t<T> value) {
-  *address = value;
 }
 
 // --- Arithmetic ---
@@ -247,19 +196,13 @@ inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
-inline float __frcp_rn(float a) { return 1.0f / a; }
-inline float __fsqrt_rn(float a) { return std::sqrt(a); }
 inline float __fmaf_rn(float a, float b, float c) { return std::fmaf(a, b, c); }
 
-inline double __dadd_rn(double a, double b) { return a + b; }
 inline double __dsub_rn(double a, double b) { return a - b; }
 inline double __dmul_rn(double a, double b) { return a * b; }
-inline double __ddiv_rn(double a, double b) { return a / b; }
 inline double __fma_rn(double a, double b, double c) { return std::fma(a, b, c); }
 
 inline float __double2float_rn(double a) { return static_cast<float>(a); }
-inline float __int2float_rn(int a) { return static_cast<float>(a); }
-inline float __uint2float_rn(unsigned a) { return static_cast<float>(a); }
 
 namespace cuda_on_cpu {
 
@@ -273,39 +216,13 @@ To same_bits(From value) {
 
 }  // namespace cuda_on_cpu
 
-inline int __float_as_int(float a) { return ::cuda_on_cpu::same_bits<int>(a); }
 inline unsigned __float_as_uint(float a) { return ::cuda_on_cpu::same_bits<unsigned>(a); }
-inline float __int_as_float(int a) { return ::cuda_on_cpu::same_bits<float>(a); }
 inline float __uint_as_float(unsigned a) { return ::cuda_on_cpu::same_bits<float>(a); }
-
-inline int __popc(unsigned a) { return __builtin_popcount(a); }
-inline int __ffs(int a) { return __builtin_ffs(a); }
-inline int __clz(int a) { return a ? __builtin_clz(static_cast<unsigned>(a)) : 32; }
 
 // `c` plus the products of the four bytes of `a` with those of `b`.
 inline unsigned __dp4a(unsigned a, unsigned b, unsigned c) {
   for (int i = 0; i < 4; ++i) c += (a >> (8 * i) & 0xffu) * (b >> (8 * i) & 0xffu);
   return c;
-}
-
-// Bits [shift, shift + 32) of high:low, shift taken modulo 32.
-inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
-  const auto both = static_cast<unsigned long long>(high) << 32 | low;
-  return static_cast<unsigned>(both >> (shift & 31));
-}
-
-// Four of the eight bytes of b:a, chosen by the low three bits of each nibble of `selector`; a
-// nibble's fourth bit asks for the byte's sign instead.
-inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
-  const auto both = static_cast<unsigned long long>(b) << 32 | a;
-  unsigned result = 0;
-  for (int i = 0; i < 4; ++i) {
-    const unsigned nibble = selector >> (4 * i);
-    const auto byte = static_cast<unsigned char>(both >> (8 * (nibble & 7)));
-    const unsigned chosen = nibble & 8 ? (byte & 0x80 ? 0xffu : 0u) : byte;
-    result |= chosen << (8 * i);
-  }
-  return result;
 }
 
 // As in CUDA, min and max take mixed arithmetic types; for floating point a NaN loses.
