@@ -458,33 +458,17 @@ def count_all(
         earlier = _earlier(output, ranks, reading, split, folds)
         sums.add(earlier)
         counted = set().union(*ranks.gather(earlier._ids()))
-        outcome.resumed = sum(ranks.gather(earlier.images))
-        if outcome.resumed != len(counted):
+        if sum(ranks.gather(earlier.images)) != len(counted):
             raise UsageProblemError(
                 "expected the ranks' files to be from one run, got files that overlap; remove "
                 f"{str(output)!r} and {output.name}.rank* to start again"
             )
+        outcome.resumed = len(counted)
     if output is not None and not resume and ranks.rank == 0:
         for _, path in _rank_files(output):
             path.unlink()
     ranks.gather(None)  # nobody writes before all have read
-    remaining = set(counted)
-
-    def done(key: str) -> bool:
-        if not counted:
-            return False
-        number = _id_of(key)
-        remaining.discard(number)
-        return number in counted
-
-    files_each = min(max(len(found.files) // _PIECES, _LEAST_FILES), _MOST_FILES)
-    work = plan_work(found, reading, done, files_each)
-    if remaining:
-        raise UsageProblemError(
-            f"expected all images that {str(output)!r} counted to be there still, got "
-            f"{len(remaining)} that are not; leave out --resume to count afresh"
-        )
-    work = work[ranks.rank :: ranks.size]
+    work = _work_left(found, reading, counted, output)[ranks.rank :: ranks.size]
     outcome.unreadable = list(found.unreadable)
     if strict and outcome.unreadable:
         raise NotReadableError(outcome.unreadable[0])
@@ -544,6 +528,29 @@ def count_all(
     outcome.complete = True
     outcome.seconds = time.perf_counter() - began
     return outcome
+
+
+def _work_left(
+    found: Found, reading: Reading, counted: set[int], output: Path | None
+) -> list[Work]:
+    """The pieces of all ranks, without the images that were counted before."""
+    missing = set(counted)
+
+    def done(key: str) -> bool:
+        if not counted:
+            return False
+        number = _id_of(key)
+        missing.discard(number)
+        return number in counted
+
+    files_each = min(max(len(found.files) // _PIECES, _LEAST_FILES), _MOST_FILES)
+    work = plan_work(found, reading, done, files_each)
+    if missing:
+        raise UsageProblemError(
+            f"expected all images that {str(output)!r} counted to be there still, got "
+            f"{len(missing)} that are not; leave out --resume to count afresh"
+        )
+    return work
 
 
 def _check_same_images(found: Found, ranks: Ranks) -> None:
