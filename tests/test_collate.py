@@ -358,7 +358,13 @@ def test_images(name: str) -> None:
 def test_no_images(name: str) -> None:
     value = NO_IMAGES[name]
     samples = [{"value": value, "list": [value]}] * 3
-    assert_same_batch(pixfuse.Collate()(samples), default_collate(samples))
+    with pytest.warns(UserWarning, match="Collate: expected images in the samples, got none"):
+        batch = pixfuse.Collate()(samples)
+    assert_same_batch(batch, default_collate(samples))
+    image = pillow()
+    batch = pixfuse.Collate()([sample | {"image": image} for sample in samples])  # no warning
+    assert_same_bits(batch.pop("image"), reference([image] * 3))
+    assert_same_batch(batch, default_collate(samples))
 
 
 def test_channels_say_what_else_is_an_image() -> None:

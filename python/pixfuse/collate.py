@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -82,6 +83,10 @@ class Collate:
     Returns:
         Of a call with a list of samples: a batch. Images have shape (N, C, height, width), are of
         ``dtype`` and dense in ``memory_format``.
+
+    Warns:
+        UserWarning: of a call, there is no image in any sample, as where ``ToTensor`` has made
+            floats of them. Such a batch is what torch makes of it.
 
     Raises:
         TypeError, ValueError: a wrong option, when the object is made; or, of a call, samples that
@@ -172,7 +177,17 @@ class Collate:
             )
         if len(samples) == 0:
             raise ValueError("Collate: expected at least 1 sample, got none")
-        return collate(list(samples), collate_fn_map=_Call(self).functions())
+        call = _Call(self)
+        batch = collate(list(samples), collate_fn_map=call.functions())
+        if not call.found_images:
+            warnings.warn(
+                "Collate: expected images in the samples, got none, so nothing was normalized; "
+                "leave ToTensor and the like out of the dataset: images are Pillow images, or "
+                "bytes of shape (H, W, C) as arrays and (C, H, W) as tensors",
+                UserWarning,
+                stacklevel=2,
+            )
+        return batch
 
     def __repr__(self) -> str:
         options = {
@@ -268,6 +283,7 @@ class _Call:
 
     def __init__(self, owner: Collate) -> None:
         self.owner = owner
+        self.found_images = False
         self.draws: torch.Tensor | None = None
 
     def functions(self) -> dict[Any, Callable[..., Any]]:
@@ -281,6 +297,7 @@ class _Call:
     def collate_leaves(self, values: Sequence[Any], *, collate_fn_map: object = None) -> Any:
         are_images = [is_image(value, self.owner.channels) for value in values]
         if all(are_images):
+            self.found_images = True
             with _speaking_as_collate():
                 return self.owner._batch(values, self.draw(len(values)))
         if any(are_images):
