@@ -29,7 +29,7 @@ from PIL import Image
 
 import pixfuse
 from benchmarks.torchvision_import import import_torchvision
-from pixfuse import _image_files, _quick_bench, cli
+from pixfuse import _figures, _image_files, _quick_bench, cli
 from pixfuse._counting import count_piece
 from pixfuse._image_files import ArrayPart, Reading
 from tests.processes import PATIENCE_SECONDS, python
@@ -963,6 +963,7 @@ def test_installed_command() -> None:
     command = next(path for folder in folders if (path := folder / "pixfuse").exists())
     version = subprocess.run([command, "--version"], capture_output=True, text=True, check=True)
     assert pixfuse.info()["pixfuse"] in version.stdout
+    assert "..." not in run("--help").stdout.partition("Commands:")[2]  # nothing is cut off
     for name in ("stats", "info", "show", "bench"):
         result = run(name, "--help")
         assert result.exit_code == 0
@@ -1039,6 +1040,14 @@ def test_show(photos: Path, tmp_path: Path) -> None:
     assert flat.exit_code == 0, flat.output
 
 
+def test_a_flat_channel_is_drawn_where_its_value_is() -> None:
+    density, edges = _figures._density(torch.full((2, 3), 146), torch.full((2, 3), 0.57), 0.01)
+    (bin_,) = density.nonzero()[0]
+    assert edges[bin_] <= 0.57 <= edges[bin_ + 1]
+    assert density.sum() * (edges[1] - edges[0]) == pytest.approx(1)
+    assert edges[1] - edges[0] == pytest.approx(0.04)
+
+
 def test_presets_are_all_there() -> None:
     public = [getattr(pixfuse, name) for name in pixfuse.__all__]
     presets = [value for value in public if isinstance(value, pixfuse.Normalization)]
@@ -1070,7 +1079,10 @@ def test_bench(tmp_path: Path) -> None:
         assert len(by) >= 2
         assert all(row["us_per_image"] > 0 for row in by.values())
     assert is_png(tmp_path / "bench.png")
-    assert "channel_histogram" in run("bench", *options).stdout
+    table = run("bench", *options).stdout.splitlines()
+    assert any(line.startswith("channel_histogram") for line in table)
+    # Of the usual terminal: there, longer lines would lose a part of the names.
+    assert max(len(line.rstrip()) for line in table if " torch " in line) <= 80
     assert torch.get_num_threads() == threads
 
 
@@ -1085,7 +1097,8 @@ def test_bench_times_no_wrong_result() -> None:
 
 
 def test_plot_of_statistics(photos: Path, tmp_path: Path) -> None:
-    stats(photos, "--plot", tmp_path / "rgb.png")
+    result = run("stats", photos, "--plot", tmp_path / "rgb.png")
+    assert result.stdout.endswith(f"drawn to {tmp_path / 'rgb.png'}\n")
     stats(photos, "--mode", "L", "--plot", tmp_path / "gray.png")
     assert is_png(tmp_path / "rgb.png")
     assert is_png(tmp_path / "gray.png")

@@ -94,7 +94,8 @@ def draw_show(
                 for number in (channel.mean(), channel.std(correction=0))
             )
             label = f"{_NAMES[3][c]}: mean {mean:.2f}, std {std:.2f}"
-            right.stairs(*_density(pixels[..., c], channel), color=_COLORS[3][c], label=label)
+            density, edges = _density(pixels[..., c], channel, span / 256)
+            right.stairs(density, edges, color=_COLORS[3][c], label=label)
         right.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
         right.set_xlim(low - 0.02 * span, high + 0.02 * span)
         right.set_yticks([])
@@ -115,14 +116,17 @@ def draw_show(
     ]
 
 
-def _density(bytes_: torch.Tensor, values: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+def _density(
+    bytes_: torch.Tensor, values: torch.Tensor, flat_step: float
+) -> tuple[np.ndarray, np.ndarray]:
     """Density and edges of a channel's values, in bins of four bytes each.
 
-    Bins that are even for the values would hold now one byte more, now one less: a comb.
+    Bins that are even for the values would hold now one byte more, now one less: a comb. A channel
+    of a single value does not say how far apart two bytes are: ``flat_step`` does.
     """
     low, high = int(bytes_.min()), int(bytes_.max())
     first, last = values.min().item(), values.max().item()
-    step = (last - first) / (high - low) if high > low else 1.0
+    step = (last - first) / (high - low) if high > low else flat_step
     counts, edges = np.histogram(bytes_.numpy(), np.arange(-0.5, 256, 4))
     return counts / (4 * step * bytes_.numel()), first + (edges - low) * step
 
@@ -140,7 +144,7 @@ def draw_bench(results: dict[str, Any], path: Path) -> None:
         colors = [_OURS if row["by"] == "pixfuse" else _PEER for row in ordered]
         names = [row["by"] for row in ordered]
         bars = axes.barh(names, [row["us_per_image"] for row in ordered], color=colors)
-        axes.bar_label(bars, [f"{row['us_per_image']:.0f}" for row in ordered], padding=3)
+        axes.bar_label(bars, [f"{row['us_per_image']:.1f}" for row in ordered], padding=3)
         axes.set_title(job, loc="left", fontsize="medium")
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0.12)
