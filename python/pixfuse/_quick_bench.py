@@ -102,7 +102,7 @@ def _jobs(images: torch.Tensor, notes: list[str]) -> dict[str, list[Contender]]:
                 if torchvision_normalize
                 else []
             ),
-            Contender("copy of the result", lambda: target.copy_(source)),
+            Contender("copy of result", lambda: target.copy_(source)),
         ],
         "standardize_per_image": [
             Contender(
@@ -181,11 +181,11 @@ def _difference(job: str, one: Contender, expected: torch.Tensor) -> str:
             f"{result.dtype} of {result.shape}"
         )
     if torch.equal(result, expected):
-        return "equal"
+        return "none"
     error = (result.double() - expected.double()).abs().max().item()
     if not expected.is_floating_point() or not error <= _CLOSE:
         raise RuntimeError(
             f"bench: expected {job} by {one.by} to give the result of pixfuse, got a difference "
             f"of {error:.3g}"
         )
-    return f"up to {error:.1e} apart"
+    return f"up to {error:.1e}"

@@ -269,7 +269,7 @@ def stats(
     strict: bool,
     as_json: bool,
 ) -> None:
-    """Count the pixels of PATHS exactly: mean, std, and the line to paste.
+    """Count the pixels of PATHS exactly: mean, std, the line to paste.
 
     PATHS are folders (with all folders in them), globs, text files (.txt, .lst, .list) with a path
     in each line, images, .npy and .npz arrays, and .tar shards. Of a folder or shard, files that
@@ -351,6 +351,8 @@ def stats(
         from pixfuse._figures import draw_histogram
 
         draw_histogram(outcome.statistics, plot)
+        if not as_json:
+            console().print(f"drawn to {plot}")
     if outcome.signal:
         how = "add --resume to go on" if output else "nothing was saved: there is no --output"
         fail(f"interrupted after {outcome.statistics.images} images; {how}", 128 + outcome.signal)
@@ -562,7 +564,7 @@ def show(
     output: Path,
     as_json: bool,
 ) -> None:
-    """Draw IMAGE under each normalization, with the histograms of its values.
+    """Draw IMAGE under each normalization, with histograms of its values.
 
     All pictures share one scale of brightness and all histograms one axis, so that what differs is
     what a network would be given. Per-image standardization is drawn too.
@@ -625,9 +627,10 @@ def show(
 def bench(
     batch: int, size: int, threads: int, rounds: int, plot: Path | None, as_json: bool
 ) -> None:
-    """Compare pixfuse with torch, and torchvision where that is installed, on this machine.
+    """Compare pixfuse with torch and torchvision on this machine.
 
-    Results are compared first and timed afterwards, all in turn.
+    Results are compared first and timed afterwards, all in turn; torchvision only where it is
+    installed.
     """
     from pixfuse._quick_bench import run
 
@@ -650,7 +653,7 @@ def bench(
         f"{results['isa']}; medians of {rounds} interleaved rounds"
     )
     table = Table(box=None, pad_edge=False)
-    for title in ("job", "by", "us per image", "time / pixfuse", "result"):
+    for title in ("job", "by", "us/image", "time / pixfuse", "difference"):
         table.add_column(title, justify="right" if "/" in title or "us" in title else "left")
     job = None
     for row in results["rows"]:
