@@ -277,7 +277,7 @@ def print_rows(rows: Sequence[dict[str, Any]]) -> None:
         if all(item["source"] != source for item in rows):
             continue
         table = Table(title=title)
-        for column in ("", "workers", "images/s", "us per image", *PARTS):
+        for column in ("", "workers", "images/s", "µs per image", *PARTS):
             table.add_column(column, justify="left" if not column else "right")
         for item in rows:
             if item["source"] == source:

@@ -382,7 +382,7 @@ def print_headline(headline: dict[str, Any]) -> None:
     table = Table(title="64 images of 224x224x3, NHWC uint8 to NCHW float32, one thread")
     table.add_column("")
     table.add_column("result in")
-    for column in ("us per image", "quartiles", "largest difference"):
+    for column in ("µs per image", "quartiles", "largest difference"):
         table.add_column(column, justify="right")
     for same_work in (True, False):
         for name, quartiles in sorted(

@@ -457,7 +457,7 @@ def claims(main: Sequence[dict[str, Any]], stats: dict[str, Any]) -> list[dict[s
 
 def print_stats(stats: dict[str, Any]) -> None:
     table = Table(title=f"pixfuse stats, {stats['images']} {stats['input']}")
-    for column in ("workers", "us per image", "decode", "decoding share", "startup, s"):
+    for column in ("workers", "µs per image", "decode", "decoding share", "startup, s"):
         table.add_column(column, justify="right")
     for row in stats.get("rows", ()):
         table.add_row(

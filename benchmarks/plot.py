@@ -83,20 +83,37 @@ CLAIMS_IN_FULL = (
 )
 
 
-def in_full(item: dict[str, Any]) -> str:
-    """A missed claim that can be understood on its own."""
-    text = item["claim"]
+def in_full(claim: str) -> str:
+    """A claim that can be understood on its own."""
     for short, full in CLAIMS_IN_FULL:
-        text = re.sub(short, full, text)
-    return f"{text} ({item['value']:.3g}, target {item['target']})"
+        claim = re.sub(short, full, claim)
+    return claim
+
+
+def missed_claims(claims: Sequence[dict[str, Any]]) -> list[str]:
+    """What was missed, in full; what was asked of several cases is said once for all of them."""
+    cases: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    for item in claims:
+        if item["met"] is False:
+            case, _, asked = in_full(item["claim"]).rpartition(": ")
+            cases.setdefault((asked, item["target"]), []).append((case, f"{item['value']:.3g}"))
+    lines = []
+    for (asked, target), found in cases.items():
+        if len(found) == 1:
+            ((case, value),) = found
+            lines.append(f"{case + ': ' if case else ''}{asked} ({value}, target {target})")
+        else:
+            values = "; ".join(f"{case}: {value}" for case, value in found)
+            lines.append(f"{asked}, target {target} ({values})")
+    return lines
 
 
 def verdict(results: dict[str, Any], others: Sequence[dict[str, Any]], title: str) -> str:
     """How many targets were met, which were not, and where all of them stand."""
 
     def missed(some: dict[str, Any], there: str = "") -> str:
-        names = [in_full(item) for item in some["claims"] if item["met"] is False]
-        return f"; missed{there}: {'; '.join(names)}" if names else ""
+        lines = missed_claims(some["claims"])
+        return f"; missed{there}: {'; '.join(lines)}" if lines else ""
 
     def short(other: dict[str, Any]) -> str:
         where = f"{other['machine']['cpu']} ({other['pixfuse']['isa']})"
@@ -107,7 +124,7 @@ def verdict(results: dict[str, Any], others: Sequence[dict[str, Any]], title: st
 
     anchor = title.lower().replace(",", "").replace(" ", "-")
     targets = f"[{len(results['claims'])} targets](docs/benchmarks.md#{anchor})"
-    return " ".join(
+    return "\n\n".join(
         [
             f"{met(results)} of {targets} are met{missed(results)}.",
             *(short(other) for other in others),
@@ -474,7 +491,8 @@ def draw_convolution(results: dict[str, Any], path: Path, source: str) -> None:
             ratio = row["ms"][name] / row["ms"][OURS]
             axes.barh(place, ratio, height=0.9, color=color)
             text = f"{ratio:.2f}" if name != OURS else f"{row['ms'][name]:.1f} ms"
-            axes.text(ratio + 0.01 * most, place, text, va="center", fontsize=8)
+            beyond_line = max(ratio, 1) + 0.01 * most
+            axes.text(beyond_line, place, text, va="center", fontsize=8)
             place += 1
         axes.text(
             -0.02 * most,
@@ -635,7 +653,16 @@ def draw_bars(panels: Sequence[Panel], subtitle: str, path: Path, source: str) -
     )
     top = figure.get_figheight()
     margin = 1.05 if panels[0].title else 0.8
-    figure.subplots_adjust(left=0.24, right=0.955, top=1 - margin / top, bottom=0.25 / top)
+    # Between the panels, room for the title of the lower one.
+    gap, bottom = 0.55, 0.25
+    height = top - margin - bottom - gap * (len(panels) - 1)
+    figure.subplots_adjust(
+        left=0.24,
+        right=0.955,
+        top=1 - margin / top,
+        bottom=bottom / top,
+        hspace=gap / (height / len(panels)),
+    )
     for place, panel in zip(axes[:, 0], panels, strict=True):
         _draw_panel(place, panel)
     figure.text(0.02, 1 - 0.34 / top, "Time per image, in µs", fontsize=14, fontweight="bold")

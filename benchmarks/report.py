@@ -118,7 +118,7 @@ def least_ratio(rows: Sequence[Mapping[str, Any]], slower: str, faster: str) -> 
 def print_work(title: str, result: Mapping[str, Any]) -> None:
     """Everybody's times for the same work, the quickest first."""
     table = Table(title=title)
-    for column in ("", "us per image", "quartiles", "time / pixfuse", "largest difference"):
+    for column in ("", "µs per image", "quartiles", "time / pixfuse", "largest difference"):
         table.add_column(column, justify="left" if not column else "right")
     ours_us = result["us_per_call"].get(OURS, [float("nan")] * 3)[1]
     for name, quartiles in sorted(result["us_per_call"].items(), key=lambda item: item[1][1]):

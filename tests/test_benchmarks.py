@@ -136,7 +136,7 @@ def test_results_of_another_machine_stand_beside(tmp_path: Path) -> None:
         text.write_text(f"{plot.START}\n{plot.END}\n")
     readme, details = map(str, texts)
     assert plot.main(["--results", str(tmp_path), "--readme", readme, "--details", details]) == 0
-    missed = "; ".join(plot.in_full(item) for item in content["claims"] if item["met"] is False)
+    missed = "; ".join(plot.missed_claims(content["claims"]))
     met = sum(1 for item in content["claims"] if item["met"])
     where = f"abacus ({content['pixfuse']['isa']})"
     expected = f"On {where} {met} of {len(content['claims'])}; missed there: {missed}."
@@ -168,7 +168,21 @@ def test_results_of_another_machine_stand_beside(tmp_path: Path) -> None:
 def test_a_missed_claim_can_be_understood_on_its_own(
     claim: str, value: float, target: str, shown: str
 ) -> None:
-    assert plot.in_full(report.claim(claim, value, target)) == shown
+    assert plot.missed_claims([report.claim(claim, value, target)]) == [shown]
+
+
+def test_what_several_cases_miss_is_said_once() -> None:
+    claims = [
+        report.claim("memory, 1 workers: images per second", 0.5, ">= 1"),
+        report.claim("memory, 2 workers: images per second", 2.0, ">= 1"),
+        report.claim("folder, 2 workers: images per second", 0.75, ">= 1"),
+        report.claim("folder, 2 workers: time per image", 3.0, "<= 1"),
+    ]
+    assert plot.missed_claims(claims) == [
+        "images per second, target >= 1 (images held in memory, 1 worker: 0.5; JPEG files, "
+        "2 workers: 0.75)",
+        "JPEG files, 2 workers: time per image (3, target <= 1)",
+    ]
 
 
 def test_the_readme_says_what_a_share_above_all_of_the_peak_is() -> None:
