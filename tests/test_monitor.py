@@ -1123,7 +1123,9 @@ def test_the_table() -> None:
     ]
     assert lines[5] == "* never above 0, where some gradient passes: such a unit can come back"
     assert lines[6] == "3: 1 units with outputs that are NaN"
-    assert str(monitor) == monitor.table() == str(monitor.report())
+    assert str(monitor) == monitor.table() == str(report := monitor.report())
+    shown = "3, ReLU: 2 of 4 channels dead, 25.0% of outputs active, NaN in 1; 8 images"
+    assert str(report["3"]) == shown
 
 
 def test_a_report_is_read_by_name() -> None:

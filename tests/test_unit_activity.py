@@ -39,6 +39,14 @@ def test_what_follows_from_the_counts() -> None:
     assert activity.active_fraction.dtype is torch.float64
 
 
+def test_printed_in_a_line() -> None:
+    activity = made()
+    assert str(activity) == "1 of 4 channels dead, 26.2% of outputs active, NaN in 1; 2 images"
+    activity.nan.zero_()
+    assert str(activity) == "2 of 4 channels dead, 26.2% of outputs active; 2 images"
+    assert "tensor(" in repr(activity)
+
+
 def test_dormant() -> None:
     activity = made()  # the mean over channels of output_sum is 3
     assert activity.dormant().tolist() == [False, False, True, False]

@@ -38,6 +38,9 @@ class LayerReport:
     pre_std: torch.Tensor | None
     tau: float
 
+    def __str__(self) -> str:
+        return f"{self.name or '(model)'}, {self.layer}: {self.window}"
+
     @property
     def channels(self) -> int:
         """How many units there are."""

@@ -17,7 +17,7 @@ class UnitActivity:
 
     Counts are exact, and taken after the outputs were rounded to their dtype, so they agree with
     the mask that the ReLU's gradient goes through. ``a + b`` is the activity over both. A NaN is
-    not above 0, so it is not active; it is counted apart.
+    not above 0, so it is not active; it is counted apart. ``print`` says it in a line.
 
     Args:
         active: int64 (C,): outputs above 0.
@@ -87,6 +87,17 @@ class UnitActivity:
             return torch.zeros_like(self.active, dtype=torch.bool)
         is_small = self.output_sum <= tau * self.output_sum.mean()
         return (self.output_sum == 0) | (is_small & self.output_sum.isfinite())
+
+    def __str__(self) -> str:
+        channels, active = self.active.numel(), int(self.active.sum())
+        share = active / max(self.positions * channels, 1)
+        found = [
+            f"{int(self.dead_count):,} of {channels:,} channels dead",
+            f"{share:.1%} of outputs active",
+        ]
+        if nan := int((self.nan > 0).sum()):
+            found.append(f"NaN in {nan:,}")
+        return f"{', '.join(found)}; {self.images:,} image{'' if self.images == 1 else 's'}"
 
     def __add__(self, other: UnitActivity) -> UnitActivity:
         if not isinstance(other, UnitActivity):
