@@ -1216,6 +1216,26 @@ def test_the_heat_map(tmp_path: Path) -> None:
     assert [label.get_text() for label in axes.get_yticklabels()] == ["relu", "relu#2"]
 
 
+def test_the_heat_map_of_a_small_model_has_room_for_its_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.figure import Figure
+
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    relu = nn.ReLU()
+    monitor = DeadUnitMonitor(relu)
+    relu(torch.ones(1, 4))
+    monitor.heat_map(tmp_path / "map.png")
+    (figure,) = figures
+    figure.draw_without_rendering()
+    axes, scale = figure.axes
+    words = scale.yaxis.label.get_window_extent()
+    assert words.y0 >= 0
+    assert words.y1 <= figure.bbox.height
+    assert all(float(step).is_integer() for step in axes.get_xticks())
+
+
 def test_a_heat_map_of_nothing() -> None:
     with pytest.raises(ValueError, match=r"^DeadUnitMonitor.heat_map: expected at least one step"):
         DeadUnitMonitor(nn.ReLU()).heat_map("map.png")

@@ -566,6 +566,7 @@ class DeadUnitMonitor:
             import matplotlib as mpl
             from matplotlib.figure import Figure
             from matplotlib.patches import Patch
+            from matplotlib.ticker import MaxNLocator
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
                 "DeadUnitMonitor.heat_map: expected matplotlib to be installed, got: "
@@ -574,7 +575,9 @@ class DeadUnitMonitor:
         records = list(self._records())
         if self.steps == 0 or not records:
             raise ValueError("DeadUnitMonitor.heat_map: expected at least one step, got none")
-        figure = Figure(figsize=(9, 1.4 + 0.55 * len(records)), layout="constrained")
+        # Of few layers, as high as the words beside the scale are long.
+        height = max(1.4 + 0.55 * len(records), 3.2)
+        figure = Figure(figsize=(9, height), layout="constrained")
         axes = figure.subplots() if isinstance(target, (str, Path)) else target
         colors = mpl.colormaps["viridis"].with_extremes(under="#d64545", bad="#e4e7eb")
         columns = -(-self.steps // self._column_steps)
@@ -595,6 +598,7 @@ class DeadUnitMonitor:
         axes.set_yticks([row + 0.5 for row in range(len(records))], [name for name, _ in records])
         axes.tick_params(axis="y", length=0)
         axes.set_xlim(0, self.steps)
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         axes.set_xlabel("step")
         if isinstance(target, (str, Path)):
             figure.colorbar(image, ax=axes, label="share of outputs that fired")
