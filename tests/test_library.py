@@ -19,6 +19,7 @@ from pixfuse._library import available_isas
 from tests.bits import assert_same_bits
 from tests.images import random_bytes
 from tests.isas import WITH_OWN_LOOPS
+from tests.processes import python
 
 PACKAGE = Path(pixfuse.__file__).parent
 # The last one is what `make cuda` leaves, also where torch has no CUDA.
@@ -267,6 +268,26 @@ def test_docstrings(name: str) -> None:
     if signature.return_annotation not in (None, "None"):
         assert "Returns:\n" in text
     assert "Raises:\n" in text
+
+
+def test_compiled_files_in_a_folder_of_their_own(tmp_path: Path) -> None:
+    """As ``pip install -e`` leaves them: Python is read where it is written."""
+    for folder, pattern in (("python", "*.py"), ("compiled", "*.so")):
+        (tmp_path / folder).mkdir()
+        for file in PACKAGE.glob(pattern):
+            (tmp_path / folder / file.name).symlink_to(file)
+    folders = [str(tmp_path / "compiled"), str(tmp_path / "python")]
+    result = python(f"""
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location(
+    "pixfuse", {folders[1]!r} + "/__init__.py", submodule_search_locations={folders!r}
+)
+sys.modules["pixfuse"] = module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+print(module.__file__, module.info()["isa"])
+""")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(folders[1])
 
 
 def test_the_readme_says_what_the_build_needs() -> None:

@@ -11,6 +11,8 @@ from typing import Any, Final, TypeVar
 
 import torch
 
+from pixfuse import __path__ as package_folders
+
 Key = TypeVar("Key")
 
 #: The numbers of enum Isa in csrc/common/isa.h.
@@ -30,7 +32,9 @@ MEMORY_FORMAT_CODES: Final = {
 
 def _load_libraries() -> tuple[bool, str]:
     """Load _cpu, and _cuda where torch has CUDA; return (CUDA kernels loaded, why or why not)."""
-    folder = Path(__file__).parent
+    # Beside this file, unless pip installed with -e: then in another folder of the package.
+    folders = [Path(__file__).parent, *map(Path, package_folders)]
+    folder = next((one for one in folders if (one / "_cpu.so").exists()), folders[0])
     torch.ops.load_library(folder / "_cpu.so")
     # A wrong PIXFUSE_ISA or PIXFUSE_CACHE_BYTES must fail here, not at the first batch.
     try:
