@@ -455,6 +455,14 @@ def test_a_parameter_is_taken_as_it_is() -> None:
     assert not certified.requires_grad
 
 
+def test_it_does_not_care_for_torchs_default_device() -> None:
+    conv = torch.nn.Conv2d(3, 8, 3)
+    certified = certified_dead(conv.weight, conv.bias, normalization=pixfuse.UNIT)
+    with torch.device("meta"):
+        ours = certified_dead(conv.weight, conv.bias, normalization=pixfuse.UNIT)
+    assert torch.equal(ours, certified)
+
+
 # --- errors ---
 
 WEIGHT, BIAS = torch.randn(4, 3, 3, 3), torch.randn(4)

@@ -175,6 +175,15 @@ def test_standardized_in_a_pipeline() -> None:
     assert_same_bits(again(pixels), ours)
 
 
+def test_it_does_not_care_for_torchs_default_device() -> None:
+    image = pillow("RGB", 5, 7)
+    for transform in (ToNormalized(pixfuse.IMAGENET), ToNormalized(PER_IMAGE[0])):
+        expected = transform(image)
+        with torch.device("meta"):
+            ours = transform(image)
+        assert_same_bits(ours, expected)
+
+
 def test_standardized_errors() -> None:
     transform = ToNormalized(PER_IMAGE[0])
     with pytest.raises(ValueError, match=r"^ToNormalized: expected images\[0\] to have pixels, "):

@@ -180,7 +180,10 @@ def read_image(function: str, image: object) -> torch.Tensor:
     memory = _images.read([image], _pillow_exports_memory(), function)
     height, width, channels = memory.sizes[0].tolist()
     pixels = torch.empty(
-        (1, channels, height, width), dtype=torch.uint8, memory_format=torch.channels_last
+        (1, channels, height, width),
+        dtype=torch.uint8,
+        device="cpu",
+        memory_format=torch.channels_last,
     )
     unturned = np.zeros((1, 4), np.int64)
     unchanged = ((0.0,), (1.0,), 0, (0.0,), False, ELEMENT_CODES[torch.uint8])

@@ -215,11 +215,14 @@ def _resolve_range(
             )
         bounds = [
             torch.tensor(
-                [(pixel - m) / s for m, s in zip(mean, std, strict=True)], dtype=torch.float64
+                [(pixel - m) / s for m, s in zip(mean, std, strict=True)],
+                dtype=torch.float64,
+                device="cpu",
             )
             for pixel in (0.0, 1.0)
         ]
-        pixels = torch.tensor([0, 255], dtype=torch.uint8).expand(1, channels, 1, 2)
+        pixels = torch.tensor([0, 255], dtype=torch.uint8, device="cpu")
+        pixels = pixels.expand(1, channels, 1, 2)
         bounds += list(normalize(pixels, normalization)[0, :, 0].double().unbind(1))
         bounds = [bound.expand(channels) for bound in bounds]
     # Rounding keeps the order, so the ends say it all.
