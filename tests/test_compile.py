@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 import pixfuse
 from pixfuse._library import MEMORY_FORMAT_CODES
@@ -330,6 +332,52 @@ def test_a_compiled_crop_outside_is_an_error() -> None:
     assert_same_bits(run(images, top), function(images, top))
     with pytest.raises(RuntimeError, match="expected every window inside its image"):
         run(images, top + 3)
+
+
+# --- what records operators without compiling ---
+
+LISTS: dict[str, Any] = {
+    "crop_mirror_normalize": lambda images: pixfuse.crop_mirror_normalize(
+        images, 5, pixfuse.CLIP, mirror=True
+    ),
+    "channel_histogram": pixfuse.channel_histogram,
+    "image_moments": lambda images: pixfuse.image_moments(images)[1],
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("name", LISTS)
+def test_a_trace_keeps_the_operator_of_a_list(name: str) -> None:
+    """Not the pixels that it was traced with."""
+
+    def function(batch: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = LISTS[name](list(batch))
+        return result
+
+    batch = random_bytes(2, 3, 8, 9)
+    expected = function(255 - batch)
+    traced = torch.jit.trace(function, (batch,), check_trace=False)
+    assert torch.equal(traced(255 - batch), expected)
+    for mode in ("real", "fake", "symbolic"):
+        graph = make_fx(function, tracing_mode=mode)(batch)
+        assert torch.equal(graph(255 - batch), expected)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_trace_keeps_the_operator_of_a_batch() -> None:
+    batch = random_bytes(2, 3, 8, 9)
+    traced = torch.jit.trace(lambda images: pixfuse.crop_mirror_normalize(images, 5), (batch,))
+    expected = pixfuse.crop_mirror_normalize(255 - batch, 5)
+    assert_same_bits(traced(255 - batch), expected)
+
+
+def test_images_of_several_kinds_are_read_while_somebody_watches() -> None:
+    images: list[Any] = [random_bytes(3, 6, 7), random_bytes(6, 7, 3).numpy()]
+    expected = pixfuse.crop_mirror_normalize(images, 5)
+    with FlopCounterMode(display=False):
+        assert_same_bits(pixfuse.crop_mirror_normalize(images, 5), expected)
 
 
 # --- modes of torch ---

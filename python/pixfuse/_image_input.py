@@ -44,14 +44,33 @@ def read_images(images: Any) -> Images:
         images = _as_sequence(images)
     if len(images) == 0:
         raise ValueError(f"{_NAME}: expected images to hold at least 1 image, got none")
-    if isinstance(images[0], torch.Tensor) and (
-        torch.compiler.is_compiling() or not images[0].is_cpu
-    ):
+    if _go_to_an_operator(images):
         return _read_tensors(images)
     memory = _images.read(images, _pillow_exports_memory())
     common = memory.common
     each = memory.sizes if common is None else None
     return Images(memory, [], _CPU, len(memory), common, each)
+
+
+def _go_to_an_operator(images: Sequence[Any]) -> bool:
+    """Whether they are tensors whose memory is not to be read here."""
+    if not isinstance(images[0], torch.Tensor):
+        return False
+    if torch.compiler.is_compiling() or not images[0].is_cpu:
+        return True
+    # What records operators would take the results for constants.
+    is_recorded = _is_traced() or torch._C._len_torch_dispatch_stack() > 0
+    return is_recorded and all(isinstance(image, torch.Tensor) for image in images)
+
+
+def _is_traced() -> bool:
+    """Whether torch.jit.trace is at work."""
+    return torch._C._get_tracing_state() is not None
+
+
+def _sizes(image: torch.Tensor) -> Sequence[Any]:
+    """Its shape, of which torch.jit.trace makes tensors: the numbers in them."""
+    return [int(size) for size in image.shape] if _is_traced() else image.shape
 
 
 def _pillow_exports_memory() -> bool:
@@ -103,7 +122,7 @@ def _read_batch(images: torch.Tensor) -> Images:
             f"{_NAME}: expected images to be a list or a tensor of shape (N, C, H, W), got shape "
             f"{tuple(images.shape)}{hint}"
         )
-    count, channels, height, width = images.shape
+    count, channels, height, width = _sizes(images)
     if count == 0:
         raise ValueError(f"{_NAME}: expected images to hold at least 1 image, got none")
     check_not_empty(_NAME, "images", images.shape[-3:])
@@ -126,7 +145,7 @@ def _read_tensors(images: Sequence[Any], function: str = _NAME) -> Images:
                 f"{function}: expected {name} on {device}, as images[0] is, got {image.device}; "
                 "images must be on one device"
             )
-        channels, height, width = image.shape
+        channels, height, width = _sizes(image)
         shapes.append((height, width, channels))
     tensors = list(images)
     if all(shape == shapes[0] for shape in shapes):
@@ -145,9 +164,7 @@ def read_list(function: str, images: Sequence[Any]) -> _images.ImageList | list[
     """The memory of a list of images of one channel count; tensors where memory cannot be read."""
     if len(images) == 0:
         raise ValueError(f"{function}: expected images to have at least 1 image, got none")
-    if isinstance(images[0], torch.Tensor) and (
-        torch.compiler.is_compiling() or not images[0].is_cpu
-    ):
+    if _go_to_an_operator(images):
         listed = _read_tensors(images, function)
         channels = [tensor.shape[0] for tensor in listed.tensors]
         _check_channels(function, images, channels)
