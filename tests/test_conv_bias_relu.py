@@ -16,6 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.nn.functional import conv2d, max_pool2d, pad, relu
+from torch.utils.flop_counter import FlopCounterMode
 
 import pixfuse
 from pixfuse import _library
@@ -1629,6 +1630,21 @@ def test_fake_tensors_are_like_real_ones(memory_format: torch.memory_format) -> 
                 real.stride(),
                 real.dtype,
             )
+
+
+@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)])
+def test_flops_are_those_of_torchs_convolution(wanted: tuple[bool, bool]) -> None:
+    counts = []
+    for function in (conv2d, lambda *arguments: pixfuse.conv_bias_relu(*arguments)[0]):
+        input = torch.randn(2, 3, 9, 8, requires_grad=wanted[0])
+        weight = torch.randn(4, 3, 3, 2, requires_grad=wanted[1])
+        with FlopCounterMode(display=False) as forward:
+            output = function(input, weight, torch.randn(4, requires_grad=True), (2, 1), 1)
+        with FlopCounterMode(display=False) as backward:
+            output.sum().backward()
+        counts.append((forward.get_total_flops(), backward.get_total_flops()))
+    assert counts[0] == counts[1]
+    assert min(counts[0]) > 0
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")

@@ -1,4 +1,4 @@
-"""Of the operator conv_bias_relu: its fake kernel, and its first and second derivatives."""
+"""Of the operator conv_bias_relu: its fake kernel, its derivatives, and what they cost."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any, Final, cast
 
 import torch
 from torch.nn.functional import conv2d, pad
+from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from pixfuse._library import dense_strides
 from pixfuse.functional import normalize
@@ -297,3 +298,27 @@ def _double_backward(
 torch.library.register_autograd(
     "pixfuse::conv_bias_relu_backward", _double_backward, setup_context=_backward_context
 )
+
+
+# ---- multiplications and additions, as torch counts those of its convolution ---------------------
+
+
+@register_flop_formula(torch.ops.pixfuse.conv_bias_relu)
+def _forward_flops(
+    input_shape: list[int], weight_shape: list[int], *_: Any, out_shape: Any, **__: Any
+) -> int:
+    return conv_flop_count(input_shape, weight_shape, out_shape[0])
+
+
+@register_flop_formula(torch.ops.pixfuse.conv_bias_relu_backward)
+def _backward_flops(
+    gradient_shape: list[int],
+    output_shape: list[int],
+    input_shape: list[int],
+    weight_shape: list[int],
+    *options: Any,
+    out_shape: Any,
+    **_: Any,
+) -> int:
+    wanted: list[bool] = options[-1]
+    return sum(wanted[:2]) * conv_flop_count(input_shape, weight_shape, output_shape)
