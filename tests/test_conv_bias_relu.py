@@ -1647,6 +1647,16 @@ def test_flops_are_those_of_torchs_convolution(wanted: tuple[bool, bool]) -> Non
     assert min(counts[0]) > 0
 
 
+def test_integers_of_numpy() -> None:
+    """As torch takes them."""
+    two: Any = np.int64(2)
+    input, weight = torch.randn(1, 4, 9, 9), torch.randn(4, 2, 3, 3, requires_grad=True)
+    ours, _ = pixfuse.conv_bias_relu(input, weight, None, two, (two, two), two, two)
+    expected = conv2d(input, weight, None, two, (two, two), two, two).relu()
+    torch.testing.assert_close(ours, expected)
+    ours.sum().backward()
+
+
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_what_torch_func_can_do() -> None:
     """What torch does with the operators of its stable interface: no more than this."""
@@ -1846,6 +1856,16 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         },
         ValueError,
         r"expected normalized images that fit torch.float16 \(up to 65504\), got values up to",
+    ),
+    "a list for a layout": (
+        {"input_layout": ["NHWC"]},
+        ValueError,
+        r"expected input_layout to be 'NCHW' or 'NHWC', got \['NHWC'\]",
+    ),
+    "a list for a dtype": (
+        {"input": IMAGES, "normalization": pixfuse.UNIT, "dtype": [torch.float32]},
+        TypeError,
+        r"expected dtype to be torch.float32, float16 or bfloat16, got \[torch.float32\]",
     ),
     "layout": (
         {"input_layout": "nhwc"},

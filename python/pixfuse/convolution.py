@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.autograd import forward_ad
 
-from pixfuse._checks import check_device, tensor_of_images
+from pixfuse._checks import check_choice, check_device, code_of, tensor_of_images
 from pixfuse._convolution_autograd import OUTPUT_DTYPE_CODES
 from pixfuse._library import LAYOUT_CODES, view_as_nchw
 from pixfuse.activity import UnitActivity
@@ -133,17 +133,14 @@ def conv_bias_relu(
                 f"{type(input).__name__}"
             )
         input = tensor_of_images("conv_bias_relu", input)
-    if input_layout not in LAYOUT_CODES:
-        raise ValueError(
-            f"conv_bias_relu: expected input_layout to be 'NCHW' or 'NHWC', got {input_layout!r}"
-        )
+    layout_code = check_choice("conv_bias_relu", "input_layout", input_layout, LAYOUT_CODES)
     _check_tensors(input, weight, bias)
     if input.dim() not in (3, 4):
         raise ValueError(
             "conv_bias_relu: expected input to have 4 dimensions (a batch) or 3 (one image), got "
             f"shape {tuple(input.shape)}"
         )
-    nchw = view_as_nchw(input, LAYOUT_CODES[input_layout])
+    nchw = view_as_nchw(input, layout_code)
     batch = nchw if nchw.dim() == 4 else nchw.unsqueeze(0)
     batch, weight, bias, dtype = _resolve_dtypes(batch, weight, bias, normalization, dtype)
     _check_shapes(batch, weight, bias, groups)
@@ -207,12 +204,14 @@ def resolve_output_format(
 
 
 def _pair(name: str, value: object) -> list[int]:
-    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
-        return [value, value]  # type: ignore[list-item]
-    if isinstance(value, Sequence) and not isinstance(value, str) and len(value) in (1, 2):
-        first, last = value[0], value[-1]
-        if isinstance(first, (int, torch.SymInt)) and isinstance(last, (int, torch.SymInt)):
-            return [first, last]  # type: ignore[list-item]
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        given = list(value)
+    else:
+        given = [] if isinstance(value, bool) else [value]
+    # torch takes those of numpy too; in sums they would overflow.
+    sides = [int(side) if isinstance(side, np.integer) else side for side in given]
+    if len(sides) in (1, 2) and all(isinstance(side, (int, torch.SymInt)) for side in sides):
+        return [sides[0], sides[-1]]
     raise TypeError(
         f"conv_bias_relu: expected {name} to be an integer, or two (height, width), got {value!r}"
     )
@@ -361,7 +360,7 @@ def _resolve_dtypes(
             f"conv_bias_relu: expected dtype to be that of a float input ({batch.dtype}), got "
             f"{chosen}; convert the output"
         )
-    if chosen not in allowed or (normalization is not None and chosen is torch.float64):
+    if code_of(chosen, allowed) is None or (normalization is not None and chosen is torch.float64):
         raise TypeError(
             f"conv_bias_relu: expected dtype to be torch.float32, float16 or bfloat16, got {chosen}"
         )
@@ -376,7 +375,7 @@ def _check_shapes(
             "conv_bias_relu: expected weight of shape (O, C / groups, kH, kW) without a 0, got "
             f"shape {tuple(weight.shape)}"
         )
-    if not isinstance(groups, int) or isinstance(groups, bool):
+    if not isinstance(groups, (int, np.integer)) or isinstance(groups, bool):
         raise TypeError(
             f"conv_bias_relu: expected groups to be an integer, got {type(groups).__name__}"
         )
