@@ -10,6 +10,7 @@ import random
 import re
 import resource
 import signal
+import struct
 import subprocess
 import sys
 import tarfile
@@ -17,6 +18,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from PIL import Image
 
 import pixfuse
 from benchmarks.torchvision_import import import_torchvision
-from pixfuse import _figures, _image_files, _quick_bench, cli
+from pixfuse import _counting, _figures, _image_files, _quick_bench, cli
 from pixfuse._counting import count_piece
 from pixfuse._image_files import ArrayPart, Reading
 from tests.processes import PATIENCE_SECONDS, python
@@ -784,6 +786,31 @@ def test_a_worker_that_dies(many: Path, finished: bytes, tmp_path: Path) -> None
     assert "expected the workers to live, got one that died" in errors
     stats(many, "--folds", 3, "--output", output, "--resume")
     assert output.read_bytes() == finished
+
+
+class DiesWithinAMessage:
+    """Work whose worker is gone when half of what it tells has been sent, as one out of memory."""
+
+    def __iter__(self) -> Iterator[Any]:
+        frame: Any = sys._getframe()
+        while "result_queue" not in frame.f_locals:
+            frame = frame.f_back
+        results = frame.f_locals["result_queue"]
+        results._wlock.acquire()
+        os.write(results._writer.fileno(), struct.pack("!i", 1000) + b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+        yield  # never
+
+
+def test_a_worker_that_dies_within_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others wait for their turn to send, and the pool for the end of that message."""
+    monkeypatch.setattr(_counting._Deaths, "patience_seconds", 0.5)
+    work: list[Any] = [[], DiesWithinAMessage(), *([] for _ in range(20))]
+    how = (Reading(), "train", 1)
+    with _counting.Interruption() as interruption:
+        pieces = _counting._in_workers(work, 2, interruption, *how)
+        with pytest.raises(BrokenProcessPool):
+            list(pieces)
 
 
 def test_resume_refuses_another_run(photos: Path, tmp_path: Path) -> None:

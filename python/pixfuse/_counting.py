@@ -7,7 +7,6 @@ leaves is the same: everything in it is a whole number, or sorted.
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import glob
 import hashlib
 import json
@@ -211,6 +210,33 @@ def _end_when_told_by(parent: int) -> None:
     os._exit(1)
 
 
+class _Deaths:
+    """Notices a worker that died in the middle of a message, for whose end the pool would wait."""
+
+    #: A pool that can tell that itself does so sooner.
+    patience_seconds = 5.0
+
+    def __init__(self, pool: concurrent.futures.ProcessPoolExecutor) -> None:
+        self._pool = pool
+        self._most = 0  # workers that have lived
+        self._since: float | None = None  # when there were fewer
+
+    def look(self) -> None:
+        """While nothing arrives."""
+        workers = multiprocessing.active_children()
+        self._most = max(self._most, len(workers))
+        if len(workers) == self._most:
+            return
+        now = time.monotonic()
+        self._since = self._since or now
+        if now - self._since < self.patience_seconds:
+            return
+        # Without anybody left who could write it, the message ends, and the pool is broken.
+        for worker in workers:
+            worker.kill()
+        self._pool._result_queue._writer.close()  # type: ignore[attr-defined]
+
+
 def _in_workers(
     work: list[Work], workers: int, interruption: Interruption, *how: Any
 ) -> Generator[Piece, None, None]:
@@ -220,10 +246,14 @@ def _in_workers(
     context.set_forkserver_preload([__name__])
     _start_fork_server()
     pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker)
+    deaths = _Deaths(pool)
     waiting = iter(work)
     pending: set[concurrent.futures.Future[Piece]] = set()
     try:
-        while not interruption.signal:
+        while True:
+            if interruption.signal:  # what has begun is waited for
+                waiting = iter(())
+                pending = {future for future in pending if not future.cancel()}
             while len(pending) < 4 * workers and (piece := next(waiting, None)) is not None:
                 pending.add(pool.submit(count_piece, piece, *how))
             if not pending:
@@ -233,10 +263,8 @@ def _in_workers(
             )
             for future in done:
                 yield future.result()
-        running = {future for future in pending if not future.cancel()}
-        for future in concurrent.futures.as_completed(running):
-            with contextlib.suppress(concurrent.futures.CancelledError):
-                yield future.result()
+            if not done:
+                deaths.look()
     finally:
         pool.shutdown(cancel_futures=True)
 
