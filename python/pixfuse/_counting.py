@@ -223,7 +223,8 @@ class _Deaths:
 
     def look(self) -> None:
         """While nothing arrives."""
-        workers = multiprocessing.active_children()
+        own = self._pool._processes or {}
+        workers = [one for one in multiprocessing.active_children() if one.pid in own]
         self._most = max(self._most, len(workers))
         if len(workers) == self._most:
             return
