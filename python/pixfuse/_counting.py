@@ -218,22 +218,20 @@ class _Deaths:
 
     def __init__(self, pool: concurrent.futures.ProcessPoolExecutor) -> None:
         self._pool = pool
-        self._most = 0  # workers that have lived
-        self._since: float | None = None  # when there were fewer
+        self._since: float | None = None  # when somebody was first found dead
 
     def look(self) -> None:
         """While nothing arrives."""
-        own = self._pool._processes or {}
-        workers = [one for one in multiprocessing.active_children() if one.pid in own]
-        self._most = max(self._most, len(workers))
-        if len(workers) == self._most:
+        workers = list((self._pool._processes or {}).values())
+        living = [worker for worker in workers if worker.is_alive()]
+        if len(living) == len(workers):
             return
         now = time.monotonic()
         self._since = self._since or now
         if now - self._since < self.patience_seconds:
             return
         # Without anybody left who could write it, the message ends, and the pool is broken.
-        for worker in workers:
+        for worker in living:
             worker.kill()
         self._pool._result_queue._writer.close()  # type: ignore[attr-defined]
 
