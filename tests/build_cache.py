@@ -1,5 +1,6 @@
 """Compiled files that tests need: made once for all test processes, kept while nothing changes."""
 
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -34,8 +35,10 @@ class BuildCache:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         for path in folder.iterdir():
-            if time.time() - path.stat().st_mtime > KEEP_SECONDS:
-                path.unlink(missing_ok=True)
+            # Another process has just finished, and thereby renamed, what was listed a moment ago.
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > KEEP_SECONDS:
+                    path.unlink()
 
     def make(self, name: str, command: list[str], source: str = "") -> Path:
         """The file of that name; a command makes it, if it is not there, from what it can read.
