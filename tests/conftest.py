@@ -1,7 +1,8 @@
 """Where the tests run: every instruction set of this machine, and the GPU where there is one."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import hypothesis
 import pytest
@@ -76,16 +77,28 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-@pytest.fixture(params=[*(f"cpu-{isa}" for isa in WITH_OWN_LOOPS), "cuda"])
-def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
-    """Every place where a kernel runs: the CPU with each instruction set, and the GPU."""
-    kind, _, isa = request.param.partition("-")
+def places(isas: Sequence[str]) -> list[str]:
+    """Where a kernel runs: the CPU with each instruction set, and the GPU."""
+    return [*(f"cpu-{isa}" for isa in isas), "cuda"]
+
+
+@contextmanager
+def in_place(place: str) -> Iterator[torch.device]:
+    """What runs here runs there, on tensors of this device."""
+    kind, _, isa = place.partition("-")
     if kind == "cuda":
         require_cuda()
         yield torch.device("cuda")
     else:
         with _library.use_isa(isa):
             yield torch.device("cpu")
+
+
+@pytest.fixture(params=places(WITH_OWN_LOOPS))
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Every place where a kernel runs."""
+    with in_place(request.param) as device:
+        yield device
 
 
 @pytest.fixture

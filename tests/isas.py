@@ -4,7 +4,16 @@ from typing import Final
 
 from pixfuse._library import available_isas
 
-#: Those that multiply bytes: they run the loops of `avx512` but for some convolutions of bytes, so
-#: only what looks at convolutions goes through them, and `tests/test_library.py` at the others.
+#: These run the loops of `avx512` but for some convolutions of bytes, and for counting. So only
+#: what looks at these goes through them, and `tests/test_library.py` at the others.
 OF_BYTES: Final = ("vnni", "amx")
-WITH_OWN_LOOPS: Final = tuple(isa for isa in available_isas() if isa not in OF_BYTES)
+OF_BITS: Final = ("gfni",)
+
+
+def _without(*left_out: str) -> tuple[str, ...]:
+    return tuple(isa for isa in available_isas() if isa not in left_out)
+
+
+WITH_OWN_LOOPS: Final = _without(*OF_BYTES, *OF_BITS)
+FOR_CONVOLUTIONS: Final = _without(*OF_BITS)
+FOR_COUNTS: Final = _without(*OF_BYTES)

@@ -3,7 +3,7 @@
 import itertools
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import hypothesis
@@ -16,9 +16,24 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pixfuse
+from pixfuse import _library
+from tests.conftest import in_place, places
 from tests.images import LAYOUTS, LONG_WIDTHS, WIDTHS, all_values, random_bytes
+from tests.isas import FOR_COUNTS
 
 FUNCTIONS = ("channel_histogram", "image_moments")
+
+
+@pytest.fixture(params=FOR_COUNTS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    with _library.use_isa(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=places(FOR_COUNTS))
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    with in_place(request.param) as device:
+        yield device
 
 
 def results(found: Any) -> tuple[torch.Tensor, ...]:
@@ -201,6 +216,51 @@ def test_tables_of_pairs_are_left_clear(isa: str) -> None:
     torch.set_num_threads(3)
     for memory in ("planes", "RGBA", "RGB", "planes", "RGBX", "RGB"):
         check(in_memory_as(memory, 3, 300, 400))
+
+
+# --- pieces of images, as `csrc/channel_histogram/bit_planes_loop.cpp` goes over them ---
+
+
+@pytest.mark.parametrize("memory", ["planes", "RGB", "RGBX", "RGBA"])
+def test_pieces(isa: str, memory: str) -> None:
+    """Of 16 rows and 32 columns: whole, cut off, and of images too small, in one long row."""
+    torch.set_num_threads(1)
+    for height, width in itertools.product((15, 16, 17, 31, 49), (63, 64, 65, 95, 97, 129)):
+        check(in_memory_as(memory, 3, height, width))
+        check(in_memory_as(memory, 3, height + 1, width + 3)[..., :height, 1 : width + 1])
+    narrow = [(100, 31), (200, 16), (1000, 3)]
+    for height, width in ((1, 4000), (3, 1200), (7, 500), (32, 32), *narrow):
+        check(in_memory_as(memory, 3, height, width))
+        check(in_memory_as(memory, 4, height, width)[1:].transpose(2, 3))
+        check(in_memory_as(memory, 3, height + 1, width)[:, :, 1:])
+
+
+@pytest.mark.parametrize("memory", ["planes", "RGB", "RGBX", "RGBA"])
+def test_every_range_of_values(isa: str, memory: str) -> None:
+    """A piece is searched for the upper halves of bytes from its least byte to its greatest."""
+    torch.set_num_threads(1)
+    images = in_memory_as(memory, 1, 32, 96)
+    ends = (0, 1, 15, 16, 17, 31, 128, 239, 240, 255)
+    for least, greatest in itertools.combinations_with_replacement(ends, 2):
+        for channel in range(images.shape[1]):  # one at a time
+            images[:] = random_bytes(*images.shape)
+            images[:, channel] = images[:, channel].int() % (greatest - least + 1) + least
+            check(images)
+        images[:] = least
+        images[..., 3, 40] = greatest
+        check(images)
+
+
+@pytest.mark.parametrize("memory", ["planes", "RGB", "RGBX", "RGBA"])
+def test_more_pieces_than_words_count(isa: str, memory: str) -> None:
+    """511 of them, if every pixel has the same bits."""
+    torch.set_num_threads(1)
+    for pieces in (510, 511, 512, 513, 1030):
+        images = in_memory_as(memory, 1, 16, 32 * pieces)
+        for value in (0, 15, 255):
+            images[:] = value
+            check(images)
+    check(in_memory_as(memory, 1, 16 * 9, 32 * 117))
 
 
 @st.composite

@@ -23,7 +23,7 @@ from pixfuse import _library
 from pixfuse._convolution_autograd import _SLICE_BYTES
 from tests.bits import assert_same_bits
 from tests.images import LAYOUTS, random_bytes
-from tests.isas import OF_BYTES
+from tests.isas import FOR_CONVOLUTIONS, OF_BYTES
 from tests.normalizations import ROUNDINGS, made_up
 
 # Of torch's own convolution.
@@ -142,7 +142,7 @@ def check(
     dtypes: tuple[torch.dtype, ...],
     *,
     winograd: bool = False,
-    isas: Sequence[str] = _library.available_isas(),
+    isas: Sequence[str] = FOR_CONVOLUTIONS,
     **options: Any,
 ) -> None:
     """A call on each instruction set against float64: its values, its counts, that both agree.
@@ -200,7 +200,7 @@ GRID = [
 ]
 
 
-@pytest.fixture(params=_library.available_isas())
+@pytest.fixture(params=FOR_CONVOLUTIONS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every instruction set that this machine can run, in force while the test runs."""
     with _library.use_isa(request.param):
@@ -1133,7 +1133,7 @@ def test_negated_weights_of_winograd(isa: str) -> None:
 # --- whole numbers ---
 
 in_digits = pytest.mark.parametrize(
-    "isa", [isa for isa in _library.available_isas() if isa in OF_BYTES], indirect=True
+    "isa", [isa for isa in FOR_CONVOLUTIONS if isa in OF_BYTES], indirect=True
 )
 
 # As ResNet's, but a stride that leaves Winograd's algorithm nothing to save.

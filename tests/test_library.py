@@ -155,9 +155,11 @@ def test_use_isa_goes_back_after_an_error() -> None:
     assert pixfuse.info()["isa"] == before
 
 
-@pytest.mark.skipif(available_isas() == WITH_OWN_LOOPS, reason="this machine multiplies no bytes")
-def test_what_multiplies_bytes_runs_the_loops_of_avx512() -> None:
-    """But for the convolutions of `csrc/conv_bias_relu/digits.h`."""
+@pytest.mark.skipif(
+    available_isas() == WITH_OWN_LOOPS, reason="this machine has no more than AVX-512"
+)
+def test_what_follows_avx512_runs_its_loops() -> None:
+    """Or gets the same: but for the convolutions of `csrc/conv_bias_relu/digits.h`."""
     images = torch.randint(0, 256, (3, 3, 61, 67), dtype=torch.uint8)
     weight = torch.randn(8, 3, 3, 3)
     calls: list[Callable[[], Any]] = [
@@ -176,6 +178,19 @@ def test_what_multiplies_bytes_runs_the_loops_of_avx512() -> None:
             with pixfuse._library.use_isa(isa):
                 results.append(call())
         assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.skipif("gfni" not in available_isas(), reason="this machine turns no matrices of bits")
+def test_gfni_multiplies_bytes_as_vnni() -> None:
+    images = torch.randint(0, 256, (3, 3, 61, 67), dtype=torch.uint8)
+    weight = torch.randn(64, 3, 7, 7)
+    results = []
+    for isa in ("vnni", "gfni", "avx512"):
+        with pixfuse._library.use_isa(isa):
+            call = pixfuse.conv_bias_relu(images, weight, stride=4, normalization=pixfuse.IMAGENET)
+            results.append(call[0])
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
 
 
 # --- the package ---

@@ -1,4 +1,4 @@
-// Picks the instruction set, splits the work over threads.
+// Picks the instruction set and the loop, splits the work over threads.
 #include <atomic>
 #include <new>
 
@@ -39,7 +39,8 @@ Loop loop_for(Isa isa) {
       return avx2::channel_histogram_loop;
     case Isa::avx512:
     case Isa::vnni:
-    case Isa::amx:
+    case Isa::gfni:
+    case Isa::amx:  // for what bit_planes_loop does not count
       return avx512::channel_histogram_loop;
 #elif defined(__aarch64__)
     case Isa::neon:
@@ -50,6 +51,94 @@ Loop loop_for(Isa isa) {
   }
 }
 
+// Splits `parts` of so many pixels each over the threads.
+int32_t split(int64_t parts, int64_t pixels, const HistogramRows& rows, ParallelFor parallel_for,
+              void (*body)(int64_t, int64_t, void*), void* context) {
+  const int64_t grain = 1 + kGrainElements / (pixels * rows.channels);
+  if (parts > grain) return parallel_for(0, parts, grain, body, context);
+  body(0, parts, context);
+  return 0;
+}
+
+int32_t count_blocks(HistogramRows rows, ParallelFor parallel_for) {
+  make_long_rows(rows.sizes, rows.strides, 3);
+  struct Job {
+    HistogramRows rows;
+    Loop loop;
+    int64_t blocks;
+  } job{rows, loop_for(active_isa()), rows.sizes[0] * rows.sizes[1] * blocks_per_row(rows)};
+  const auto body = [](int64_t first, int64_t last, void* context) {
+    const Job& job = *static_cast<const Job*>(context);
+    HistogramRows rows = job.rows;
+    rows.alone = last - first == job.blocks;
+    PairTables* pairs =
+        (last - first) * block_pixels(rows) >= kPairedPixels ? take_tables() : nullptr;
+    job.loop(rows, first, last, pairs);
+    if (pairs != nullptr) give_tables_back(pairs);
+  };
+  return split(job.blocks, block_pixels(rows), rows, parallel_for, body, &job);
+}
+
+// --- pieces ---
+
+#if defined(__x86_64__)
+bool has_bit_planes() {
+  const Isa isa = active_isa();
+  return (isa == Isa::gfni || isa == Isa::amx) && isa_available(Isa::gfni);
+}
+
+// From this many pixels on it takes less time than a loop with tables.
+constexpr int64_t kFewestPixels = 3072;
+
+bool is_counted_in_pieces(const HistogramRows& rows) {
+  const int64_t step = rows.strides[2];
+  if (rows.sizes[0] * rows.sizes[1] * rows.sizes[2] < kFewestPixels) return false;
+  if (rows.channels == 1 || rows.channel_stride != 1) return step == 1;
+  return (rows.channels == 3 && (step == 3 || step == 4)) || (rows.channels == 4 && step == 4);
+}
+
+// How bit_planes_loop is to go over these rows; false where another loop takes less time.
+bool make_grid(const HistogramRows& rows, HistogramGrid& grid) {
+  grid.rows = rows;
+  auto &sizes = grid.rows.sizes, &strides = grid.rows.strides;
+  sort_by_stride(sizes, strides, 3);
+  if (!is_counted_in_pieces(grid.rows)) return false;
+  grid.last_row = sizes[2];
+  const auto round_up = [](int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; };
+  const int64_t pixels = sizes[1] * sizes[2];
+  const int64_t padded = round_up(sizes[1], kPieceRows) * round_up(sizes[2], kPieceColumns);
+  if (3 * padded <= 4 * pixels) return true;
+  // Images that pieces do not fit: if all pixels lie side by side, as rows of the pieces' width.
+  HistogramRows long_rows = grid.rows;
+  make_long_rows(long_rows.sizes, long_rows.strides, 3);
+  const int64_t length = long_rows.sizes[2];
+  if (long_rows.sizes[1] != 1 || length < kPieceRows * kPieceColumns) return padded <= 2 * pixels;
+  const int64_t height = (length + kPieceColumns - 1) / kPieceColumns;
+  sizes[0] = long_rows.sizes[0];
+  sizes[1] = height;
+  sizes[2] = kPieceColumns;
+  strides[0] = long_rows.strides[0];
+  strides[1] = kPieceColumns * strides[2];
+  grid.last_row = length - (height - 1) * kPieceColumns;
+  return true;
+}
+
+int32_t count_pieces(const HistogramGrid& grid, ParallelFor parallel_for) {
+  struct Job {
+    HistogramGrid grid;
+    int64_t strips;
+  } job{grid, grid.rows.sizes[0] * strips_per_image(grid)};
+  const auto body = [](int64_t first, int64_t last, void* context) {
+    const Job& job = *static_cast<const Job*>(context);
+    HistogramGrid grid = job.grid;
+    grid.rows.alone = last - first == job.strips;
+    gfni::bit_planes_loop(grid, first, last);
+  };
+  const int64_t pixels = kPieceRows * grid.rows.sizes[2];
+  return split(job.strips, pixels, grid.rows, parallel_for, body, &job);
+}
+#endif
+
 }  // namespace
 
 int32_t channel_histogram_cpu(const ChannelHistogramArgs& args, ParallelFor parallel_for) {
@@ -57,40 +146,18 @@ int32_t channel_histogram_cpu(const ChannelHistogramArgs& args, ParallelFor para
   for (int64_t size : args.sizes) {
     if (size == 0) return 0;
   }
-  struct Job {
-    HistogramRows rows;
-    Loop loop;
-    int64_t blocks;
-  } job{{args.images,
-         args.counts,
-         args.sizes[C],
-         args.strides[C],
-         {args.sizes[N], args.sizes[H], args.sizes[W]},
-         {args.strides[N], args.strides[H], args.strides[W]},
-         false},
-        loop_for(active_isa()),
-        0};
-  make_long_rows(job.rows.sizes, job.rows.strides, 3);
-
-  const auto body = [](int64_t first, int64_t last, void* context) {
-    const Job& job = *static_cast<const Job*>(context);
-    HistogramRows rows = job.rows;
-    rows.alone = last - first == job.blocks;
-    const int64_t width = rows.sizes[2];
-    const int64_t pixels = width < kHistogramBlockPixels ? width : kHistogramBlockPixels;
-    PairTables* pairs = (last - first) * pixels >= kPairedPixels ? take_tables() : nullptr;
-    job.loop(rows, first, last, pairs);
-    if (pairs != nullptr) give_tables_back(pairs);
-  };
-  const auto& sizes = job.rows.sizes;
-  const int64_t blocks = job.blocks = sizes[0] * sizes[1] * blocks_per_row(job.rows);
-  const int64_t row_pixels = sizes[2] < kHistogramBlockPixels ? sizes[2] : kHistogramBlockPixels;
-  const int64_t grain = 1 + kGrainElements / (row_pixels * args.sizes[C]);
-  if (blocks <= grain) {
-    body(0, blocks, &job);
-    return 0;
-  }
-  return parallel_for(0, blocks, grain, body, &job);
+  const HistogramRows rows{args.images,
+                           args.counts,
+                           args.sizes[C],
+                           args.strides[C],
+                           {args.sizes[N], args.sizes[H], args.sizes[W]},
+                           {args.strides[N], args.strides[H], args.strides[W]},
+                           false};
+#if defined(__x86_64__)
+  HistogramGrid grid;
+  if (has_bit_planes() && make_grid(rows, grid)) return count_pieces(grid, parallel_for);
+#endif
+  return count_blocks(rows, parallel_for);
 }
 
 }  // namespace pixfuse

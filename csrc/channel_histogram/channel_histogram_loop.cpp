@@ -11,19 +11,6 @@
 namespace pixfuse::PIXFUSE_ISA {
 namespace {
 
-// Other threads may add to the same counts at the same time; whole numbers, so in any order.
-void add_to_counts(const HistogramRows& rows, int64_t first_channel, const int64_t* sums,
-                   int64_t channels) {
-  int64_t* counts = rows.counts + first_channel * kByteValues;
-  for (int64_t i = 0; i < channels * kByteValues; ++i) {
-    if (rows.alone) {
-      counts[i] += sums[i];
-    } else if (sums[i] != 0) {
-      __atomic_fetch_add(counts + i, sums[i], __ATOMIC_RELAXED);
-    }
-  }
-}
-
 // `kCopies` tables for each of `kChannels` channels. 32 bits: half the cache of 64, and added to
 // the counts long before they could overflow.
 template <int kChannels, int kCopies>

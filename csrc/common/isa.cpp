@@ -17,9 +17,10 @@ struct Level {
   Isa isa;
   const char* name;
 };
-constexpr Level kLevels[] = {{Isa::portable, "portable"}, {Isa::avx2, "avx2"},
-                             {Isa::avx512, "avx512"},     {Isa::vnni, "vnni"},
-                             {Isa::amx, "amx"},           {Isa::neon, "neon"}};
+// The last one that the machine has is taken.
+constexpr Level kLevels[] = {
+    {Isa::portable, "portable"}, {Isa::avx2, "avx2"}, {Isa::avx512, "avx512"}, {Isa::vnni, "vnni"},
+    {Isa::gfni, "gfni"},         {Isa::amx, "amx"},   {Isa::neon, "neon"}};
 
 std::string available_names() {
   std::string names;
@@ -85,6 +86,9 @@ bool isa_available(Isa isa) {
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     case Isa::vnni:
       return isa_available(Isa::avx512) && __builtin_cpu_supports("avx512vnni");
+    case Isa::gfni:
+      return isa_available(Isa::vnni) && __builtin_cpu_supports("gfni") &&
+             __builtin_cpu_supports("avx512vpopcntdq");
     case Isa::amx:
       return isa_available(Isa::avx512) && tiles_available();
 #elif defined(__aarch64__)

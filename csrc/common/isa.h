@@ -4,11 +4,19 @@
 
 namespace pixfuse {
 
-// In the order of preference: the last one that the machine has is taken. The names are in
-// python/pixfuse/_library.py.
-// `vnni` is `avx512` whose vectors multiply bytes, `amx` that with a matrix unit for bytes: only
-// some operators have loops for them.
-enum class Isa : int32_t { portable = 0, avx2 = 1, avx512 = 2, neon = 3, amx = 4, vnni = 5 };
+// The names, in the order of preference, are in isa.cpp and in python/pixfuse/_library.py.
+// What follows avx512 is that with more, and only some operators have loops for it: vectors that
+// multiply bytes (`vnni`), that also turn matrices of bits and count bits (`gfni`: GFNI and
+// AVX512-VPOPCNTDQ), a matrix unit for bytes (`amx`).
+enum class Isa : int32_t {
+  portable = 0,
+  avx2 = 1,
+  avx512 = 2,
+  neon = 3,
+  amx = 4,
+  vnni = 5,
+  gfni = 6
+};
 
 // Whether loops for this level were compiled in and this machine can run them.
 bool isa_available(Isa isa);

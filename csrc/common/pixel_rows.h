@@ -29,11 +29,9 @@ static inline void merge_rows(int64_t (&sizes)[4], int64_t (&from)[4], int64_t (
   }
 }
 
-// For what may visit pixels in any order, as sums and counts do: reorders and merges `count`
-// dimensions, outermost first, so that the last one makes as few and as long rows as the strides
-// allow, with the pixels of a row as near to each other as they lie in memory. The same pixels are
-// there afterwards, in another order.
-static inline void make_long_rows(int64_t* sizes, int64_t* strides, int count) {
+// For what may visit pixels in any order, as sums and counts do: reorders `count` dimensions, so
+// that those come last whose pixels lie next to each other in memory.
+static inline void sort_by_stride(int64_t* sizes, int64_t* strides, int count) {
   // A dimension of one pixel, or one that repeats the same pixels, goes outside.
   const auto rank = [&](int d) {
     return sizes[d] == 1 || strides[d] == 0 ? INT64_MAX : strides[d];
@@ -50,6 +48,12 @@ static inline void make_long_rows(int64_t* sizes, int64_t* strides, int count) {
       swap(strides[d], strides[d + 1]);
     }
   }
+}
+
+// As above, and merges them, outermost first, so that the last one makes as few and as long rows as
+// the strides allow. The same pixels are there afterwards, in another order.
+static inline void make_long_rows(int64_t* sizes, int64_t* strides, int count) {
+  sort_by_stride(sizes, strides, count);
   const int row = count - 1;
   for (int d = row - 1; d >= 0; --d) {
     if (sizes[d] == 1) continue;

@@ -52,7 +52,8 @@ Loops loops_for(Isa isa) {
     case Isa::avx512:
       return {avx512::vector_lanes(),      avx512::max_vectors(), avx512::sum_weights,
               avx512::conv_bias_relu_loop, avx512::winograd_loop, avx512::relu_count_loop};
-    case Isa::vnni: {
+    case Isa::vnni:
+    case Isa::gfni: {
       Loops loops = loops_for(Isa::avx512);
       loops.digits = vnni::digits_loop;
       loops.pack_digits = vnni::pack_digits;

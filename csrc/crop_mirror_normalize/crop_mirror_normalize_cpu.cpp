@@ -26,6 +26,7 @@ Loop loop_for(Isa isa) {
       return avx2::normalize_parts;
     case Isa::avx512:
     case Isa::vnni:
+    case Isa::gfni:
     case Isa::amx:
       return avx512::normalize_parts;
 #elif defined(__aarch64__)

@@ -17,6 +17,7 @@ Loop loop_for(Isa isa) {
       return avx2::denormalize_loop;
     case Isa::avx512:
     case Isa::vnni:
+    case Isa::gfni:
     case Isa::amx:
       return avx512::denormalize_loop;
 #elif defined(__aarch64__)

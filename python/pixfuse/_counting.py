@@ -9,7 +9,9 @@ from __future__ import annotations
 import concurrent.futures
 import glob
 import hashlib
+import itertools
 import json
+import math
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.forkserver
@@ -97,10 +99,14 @@ def count_piece(work: Work, reading: Reading, split: str, folds: int) -> Piece:
     return piece
 
 
-def _count_files(files: list[ImageFile], reading: Reading, piece: Piece) -> None:
+def _count_files(
+    files: Iterable[ImageFile], reading: Reading, piece: Piece, seconds: float = math.inf
+) -> None:
+    """All of them, or as many as are read in some time, but at least one."""
     keys: list[str] = []
     counts: list[np.ndarray] = []
     start = time.perf_counter()
+    end = start + seconds
     for file in files:
         try:
             image = read_image(file, reading)
@@ -115,6 +121,8 @@ def _count_files(files: list[ImageFile], reading: Reading, piece: Piece) -> None
             keys.append(file.key)
         start = time.perf_counter()
         piece.count_seconds += start - decoded
+        if start >= end:
+            break
     if counts:
         piece.statistics._update_counts(np.concatenate(counts), keys)
     piece.count_seconds += time.perf_counter() - start
@@ -268,14 +276,29 @@ def _in_workers(
         pool.shutdown(cancel_futures=True)
 
 
-def _here(work: list[Work], interruption: Interruption, *how: Any) -> Generator[Piece, None, None]:
+#: How long a process takes files for before it says what it has counted, if nobody else does.
+_PIECE_SECONDS = 0.2
+
+
+def _here(
+    work: list[Work], interruption: Interruption, reading: Reading, split: str, folds: int
+) -> Generator[Piece, None, None]:
+    """The results of this process: of files, some at a time, whichever pieces they were cut to."""
+    arrays = [one for one in work if isinstance(one, ArrayPart)]
+    files = itertools.chain.from_iterable(one for one in work if not isinstance(one, ArrayPart))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in workers: one image is not worth waking the others for
     try:
-        for piece in work:
+        while not interruption.signal:
+            piece = Piece(ChannelStatistics(split, folds))
+            _count_files(files, reading, piece, _PIECE_SECONDS)
+            if piece.statistics.images + len(piece.unreadable) == 0:
+                break
+            yield piece
+        for array in arrays:
             if interruption.signal:
                 return
-            yield count_piece(piece, *how)
+            yield count_piece(array, reading, split, folds)
     finally:
         torch.set_num_threads(threads)
 

@@ -16,7 +16,16 @@ from pixfuse import __path__ as package_folders
 Key = TypeVar("Key")
 
 #: The numbers of enum Isa in csrc/common/isa.h.
-ISA_CODES: Final = {"portable": 0, "avx2": 1, "avx512": 2, "neon": 3, "amx": 4, "vnni": 5}
+#: In the order of preference.
+ISA_CODES: Final = {
+    "portable": 0,
+    "avx2": 1,
+    "avx512": 2,
+    "vnni": 5,
+    "gfni": 6,
+    "amx": 4,
+    "neon": 3,
+}
 #: The numbers of enum ElementType in csrc/common/element_type.h: of floats, and with the bytes that
 #: some operators can leave as they are.
 DTYPE_CODES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}

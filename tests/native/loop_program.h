@@ -138,10 +138,9 @@ inline bool is_wanted(pixfuse::Isa isa) {
           ("," + std::string(numbers)).find("," + number) != std::string::npos);
 }
 
-// Of the instruction sets, those that only multiply bytes are left out where nothing does.
+// The instruction sets that all operators have loops for. What has them for more says so.
 constexpr pixfuse::Isa kIsas[] = {pixfuse::Isa::portable, pixfuse::Isa::avx2, pixfuse::Isa::avx512,
-                                  pixfuse::Isa::neon,     pixfuse::Isa::vnni, pixfuse::Isa::amx};
-constexpr size_t kIsasOfFloats = 4;
+                                  pixfuse::Isa::neon};
 
 // An argument of one program.
 struct Flag {
@@ -151,7 +150,8 @@ struct Flag {
 
 // The `main` of a program: run_all(isa, cases) is false when a case failed, and has said so.
 template <class RunAll>
-int run_program(int argc, char** argv, const RunAll& run_all, size_t isas = kIsasOfFloats,
+int run_program(int argc, char** argv, const RunAll& run_all,
+                std::initializer_list<pixfuse::Isa> more_isas = {},
                 std::initializer_list<Flag> flags = {}) {
   for (int i = 1; i < argc; ++i) {
     const std::string argument = argv[i];
@@ -171,8 +171,9 @@ int run_program(int argc, char** argv, const RunAll& run_all, size_t isas = kIsa
       return 2;
     }
   }
-  for (size_t i = 0; i < isas; ++i) {
-    const pixfuse::Isa isa = kIsas[i];
+  std::vector<pixfuse::Isa> isas(std::begin(kIsas), std::end(kIsas));
+  isas.insert(isas.end(), more_isas);
+  for (const pixfuse::Isa isa : isas) {
     if (!is_wanted(isa)) continue;
     pixfuse::set_active_isa(isa);
     int64_t cases = 0;

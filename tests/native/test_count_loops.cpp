@@ -99,7 +99,20 @@ bool run(Isa isa, const int64_t (&sizes)[4], Layout layout, bool at_end) {
   return good;
 }
 
+// Images, height, width.
+constexpr int64_t kInPieces[][3] = {{1, 48, 64}, {1, 49, 65}, {2, 15, 127}, {1, 3, 1100},
+                                    {3, 33, 33}, {2, 70, 31}, {1, 200, 16}};
+
 bool run_all_on(Isa isa, int64_t& cases) {
+  // Enough to be cut into pieces: these fit, or are at an edge, or are cut from one long row.
+  // First, so that planted faults are met here.
+  for (const int64_t channels : {1, 3, 4, 5})
+    for (const auto& [images, height, width] : kInPieces)
+      for (int layout = 0; layout < static_cast<int>(Layout::count); ++layout) {
+        const int64_t sizes[4] = {images, channels, height, width};
+        if (!run(isa, sizes, static_cast<Layout>(layout), next_byte() % 4 != 0)) return false;
+        ++cases;
+      }
   for (const int64_t channels : {1, 2, 3, 4, 5, 6, 16, 17})
     for (const int64_t width :
          {1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 65, 129, 1023, 1025, 8193})
@@ -123,4 +136,4 @@ bool run_all_on(Isa isa, int64_t& cases) {
 
 }  // namespace
 
-int main(int argc, char** argv) { return run_program(argc, argv, run_all_on); }
+int main(int argc, char** argv) { return run_program(argc, argv, run_all_on, {Isa::gfni}); }

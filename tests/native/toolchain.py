@@ -17,7 +17,7 @@ import pytest
 
 from pixfuse._library import ISA_CODES, available_isas
 from tests.build_cache import BuildCache, digest, jobs
-from tests.isas import OF_BYTES
+from tests.isas import OF_BITS, OF_BYTES
 
 NATIVE = Path(__file__).parent
 ROOT = NATIVE.parent.parent
@@ -40,6 +40,13 @@ class Program:
     loops: tuple[str, ...]
     cases: int  # that it runs for each instruction set, at least
     of_bytes: tuple[str, ...] = ()  # loops that only a machine has that multiplies bytes
+    of_bits: tuple[str, ...] = ()  # and that counts bits
+
+    def loops_for(self, isa: str) -> tuple[str, ...]:
+        """None where those of another instruction set run."""
+        if isa in OF_BYTES:
+            return self.of_bytes
+        return self.of_bits if isa in OF_BITS else self.loops
 
 
 @dataclass(frozen=True)
@@ -184,7 +191,7 @@ def build(program: Program, name: str) -> Built:
         loops = {
             (loop, isa): pool.submit(of_source, loop, isa)
             for isa in loop_flags(build.machine)
-            for loop in (program.of_bytes if isa in OF_BYTES else program.loops)
+            for loop in program.loops_for(isa)
         }
         # After them, when another process may have made it already.
         test = pool.submit(compiled, NATIVE / program.name, Path(program.name).stem, TEST_FLAGS)
@@ -223,7 +230,7 @@ def run(
 
 
 def native_isas(name: str) -> set[str]:
-    """The instruction sets that a program for convolutions runs: amx with plain tiles, too."""
+    """What programs run, as far as they have loops for it: amx with plain tiles, too."""
     if name == "aarch64":
         return {"neon"}
     return {*available_isas(), *(["amx"] if "avx512" in available_isas() else [])}
@@ -234,7 +241,7 @@ def assert_passes(program: Program, name: str) -> None:
     result = run(program, name)
     assert result.returncode == 0, result.stdout + result.stderr
     seen = {int(code): int(cases) for code, cases in re.findall(r"isa (\d+): (\d+)", result.stdout)}
-    available = native_isas(name) - set(() if program.of_bytes else OF_BYTES)
+    available = {isa for isa in native_isas(name) if program.loops_for(isa)}
     assert set(seen) == {ISA_CODES[isa] for isa in available}
     assert min(seen.values()) > program.cases
 
@@ -273,8 +280,8 @@ def symbols(compiled: Path) -> str:
 def assert_shares_no_function(program: Program, name: str) -> None:
     """Else a machine without AVX-512 could get the AVX-512 copy of a common inline function."""
     loops = build(program, name).loops
-    levels = set(loop_flags(BUILDS[name].machine))
-    assert {isa for _, isa in loops} == levels - set(() if program.of_bytes else OF_BYTES)
+    levels = loop_flags(BUILDS[name].machine)
+    assert {isa for _, isa in loops} == {isa for isa in levels if program.loops_for(isa)}
     for (_, isa), compiled in loops.items():
         if BUILDS[name].rest == NOT_RUN and isa not in BUILDS[name].checked:
             continue
