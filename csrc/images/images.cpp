@@ -165,6 +165,66 @@ class ImageList {
   std::vector<Holder> holders_;
 };
 
+// Counts images one by one, for whoever has them one by one: a list of one image costs more than to
+// count a small one.
+class ImageCounter {
+ public:
+  explicit ImageCounter(bool arrow) : reader_(arrow, kName) {}
+  ImageCounter(const ImageCounter&) = delete;
+
+  void add(const py::object& image) {
+    Holder holder;
+    const ImageSource source = reader_.read(image.ptr(), 0, holder);
+    const auto channels = static_cast<size_t>(source.channels);
+    check(pixels_.empty() || channels * kByteValues == counts_.size(), kName,
+          "images of one channel count");
+    std::vector<int64_t> found(channels * kByteValues);
+    auto args = forward<ChannelHistogramArgs>(source);
+    args.counts = found.data();
+    int32_t error = 0;
+    {
+      const py::gil_scoped_release released;
+      error = pixfuse_channel_histogram(&args);
+    }
+    check(error == 0, kName, "torch's threads to run the loop");
+    counts_.resize(found.size());
+    for (size_t c = 0; c < channels; ++c) {
+      int64_t sum = 0, square = 0;
+      for (size_t value = 0; value < kByteValues; ++value) {
+        const int64_t count = found[c * kByteValues + value];
+        const auto x = static_cast<int64_t>(value);
+        counts_[c * kByteValues + value] += count;
+        sum += x * count;
+        square += x * x * count;
+      }
+      sums_.push_back(sum);
+      squares_.push_back(square);
+    }
+    pixels_.push_back(source.height * source.width);
+  }
+
+  // (N,)
+  py::array_t<int64_t> pixels() const { return array(pixels_, {count()}); }
+  // (N, C)
+  py::array_t<int64_t> sums() const { return array(sums_, {count(), channels()}); }
+  py::array_t<int64_t> squares() const { return array(squares_, {count(), channels()}); }
+  // (C, 256), of all images.
+  py::array_t<int64_t> counts() const { return array(counts_, {channels(), kByteValues}); }
+
+ private:
+  static constexpr const char* kName = "channel_histogram";
+
+  static py::array_t<int64_t> array(const std::vector<int64_t>& values,
+                                    const std::vector<py::ssize_t>& shape) {
+    return py::array_t<int64_t>(shape, values.data());  // a copy
+  }
+  py::ssize_t count() const { return static_cast<py::ssize_t>(pixels_.size()); }
+  py::ssize_t channels() const { return static_cast<py::ssize_t>(counts_.size()) / kByteValues; }
+
+  ImageReader reader_;
+  std::vector<int64_t> pixels_, sums_, squares_, counts_;
+};
+
 ImageList read(const py::object& images, bool arrow, const std::string& function) {
   // A tuple of our own: another thread may change a list meanwhile.
   const auto items = py::reinterpret_steal<py::object>(PySequence_Tuple(images.ptr()));
@@ -187,6 +247,7 @@ ImageList read(const py::object& images, bool arrow, const std::string& function
 
 PYBIND11_MODULE(_images, m) {
   namespace py = pybind11;
+  using pixfuse::ImageCounter;
   using pixfuse::ImageList;
   m.doc() = "Python's images as memory: see pixfuse.crop_mirror_normalize and channel_histogram.";
   m.def("read", &pixfuse::read, py::arg("images"), py::arg("arrow"),
@@ -202,4 +263,11 @@ PYBIND11_MODULE(_images, m) {
            py::arg("dtype"), py::arg("output"), py::arg("output_strides"), py::arg("mask"))
       .def("channel_histogram", &ImageList::channel_histogram, py::arg("each"))
       .def("image_moments", &ImageList::image_moments);
+  py::class_<ImageCounter>(m, "ImageCounter")
+      .def(py::init<bool>(), py::arg("arrow"))
+      .def("add", &ImageCounter::add)
+      .def_property_readonly("pixels", &ImageCounter::pixels)
+      .def_property_readonly("sums", &ImageCounter::sums)
+      .def_property_readonly("squares", &ImageCounter::squares)
+      .def_property_readonly("counts", &ImageCounter::counts);
 }

@@ -46,8 +46,7 @@ from pixfuse._image_files import (
     transform,
 )
 from pixfuse._output_files import writing
-from pixfuse.pixels import count_one
-from pixfuse.statistics import ChannelStatistics, _id_of
+from pixfuse.statistics import ChannelStatistics, ImageCounts, _id_of
 
 #: How many files a worker takes at a time, if there are many: fewer would cost more to pass on than
 #: they take to decode, and more would leave workers idle at the end.
@@ -103,10 +102,9 @@ def _count_files(
     files: Iterable[ImageFile], reading: Reading, piece: Piece, seconds: float = math.inf
 ) -> None:
     """All of them, or as many as are read in some time, but at least one."""
-    keys: list[str] = []
-    counts: list[np.ndarray] = []
     start = time.perf_counter()
     end = start + seconds
+    counts = ImageCounts(len(piece.statistics._parts))
     for file in files:
         try:
             image = read_image(file, reading)
@@ -117,14 +115,12 @@ def _count_files(
         piece.decode_seconds += decoded - start
         if image is not None:
             # At once and where it lies: it is in the cache still.
-            counts.append(count_one(image))
-            keys.append(file.key)
+            counts.add(image, file.key)
         start = time.perf_counter()
         piece.count_seconds += start - decoded
         if start >= end:
             break
-    if counts:
-        piece.statistics._update_counts(np.concatenate(counts), keys)
+    piece.statistics._add_parts(counts.parts())
     piece.count_seconds += time.perf_counter() - start
 
 

@@ -42,6 +42,27 @@ class ImageList:
     def image_moments(self) -> npt.NDArray[np.int64]:
         """(2, N, C): sums, and sums of squares; of images of one channel count."""
 
+class ImageCounter:
+    """Counts images one by one, all of one channel count."""
+
+    def __init__(self, arrow: bool) -> None: ...
+    def add(self, image: object) -> None: ...
+    @property
+    def pixels(self) -> npt.NDArray[np.int64]:
+        """(N,): the pixels of each image."""
+
+    @property
+    def sums(self) -> npt.NDArray[np.int64]:
+        """(N, C): the sums of each image."""
+
+    @property
+    def squares(self) -> npt.NDArray[np.int64]:
+        """(N, C): the sums of the squares of each image."""
+
+    @property
+    def counts(self) -> npt.NDArray[np.int64]:
+        """(C, 256): the histograms of all images together."""
+
 def read(images: Sequence[object], arrow: bool, function: str = ...) -> ImageList:
     """Find the memory of Pillow images, numpy arrays and CPU tensors; copy what cannot be read."""
 

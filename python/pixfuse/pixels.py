@@ -360,8 +360,6 @@ def count_each(
     return None if isinstance(listed, list) else listed.channel_histogram(each=True)
 
 
-def count_one(image: Any) -> np.ndarray:
-    """The histogram of a Pillow image, as of a list of it: int64 (1, C, 256)."""
-    # Nothing to compare its channels with, so none of the steps of a list.
-    memory = _images.read((image,), _pillow_exports_memory(), "channel_histogram")
-    return memory.channel_histogram(each=True)
+def image_counter() -> _images.ImageCounter:
+    """What counts Pillow images one by one, as they are decoded."""
+    return _images.ImageCounter(_pillow_exports_memory())

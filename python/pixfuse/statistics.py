@@ -24,7 +24,7 @@ from pixfuse._checks import check_images
 from pixfuse._image_input import check_not_empty
 from pixfuse._output_files import replacing
 from pixfuse.normalization import Normalization, Rounding
-from pixfuse.pixels import Images, channel_histogram, count_each, image_moments
+from pixfuse.pixels import Images, channel_histogram, count_each, image_counter, image_moments
 
 _SCHEMA = "pixfuse.ChannelStatistics"
 _VERSION = 1
@@ -111,6 +111,24 @@ class _Part:
     def empty(channels: int) -> _Part:
         return _Part(np.zeros((channels, 256), np.int64), [0] * channels)
 
+    @staticmethod
+    def of(
+        counts: np.ndarray,
+        sums: np.ndarray,
+        squares: np.ndarray,
+        pixels: Sequence[int],
+        ids: Sequence[int],
+    ) -> _Part:
+        """Images by their histogram (C, 256), their moments (N, C) and their pixels (N)."""
+        stds = [
+            sum(
+                math.isqrt((count * square - total**2) << (2 * _STD_BITS)) // count
+                for count, total, square in zip(pixels, *moments, strict=True)
+            )
+            for moments in zip(sums.T.tolist(), squares.T.tolist(), strict=True)
+        ]
+        return _Part(counts, stds, len(pixels), sum(pixels), set(ids))
+
     def add(self, other: _Part) -> None:
         """In place: to add a batch costs the same however much has been counted."""
         self.counts += other.counts
@@ -130,6 +148,32 @@ class _Part:
             self.pixels + sign * other.pixels,
             self.ids | other.ids if sign > 0 else self.ids - other.ids,
         )
+
+
+class ImageCounts:
+    """Counts Pillow images one by one, of new keys: what :class:`ChannelStatistics` then adds."""
+
+    def __init__(self, folds: int) -> None:
+        self._folds = [(image_counter(), list[int]()) for _ in range(folds)]
+
+    def add(self, image: Any, key: str) -> None:
+        """Count an image of no more than 4 channels."""
+        number = _id_of(key)
+        counter, ids = self._folds[number % len(self._folds)]
+        counter.add(image)
+        ids.append(number)
+
+    def parts(self) -> list[_Part]:
+        """What was counted of each fold; none of them if nothing was."""
+        channels = next((len(each.counts) for each, ids in self._folds if ids), None)
+        if channels is None:
+            return []
+        return [
+            _Part.of(each.counts, each.sums, each.squares, each.pixels.tolist(), ids)
+            if ids
+            else _Part.empty(channels)
+            for each, ids in self._folds
+        ]
 
 
 class ChannelStatistics:
@@ -213,10 +257,13 @@ class ChannelStatistics:
         sums, squares = (moments.cpu().numpy() for moments in image_moments(images, input_layout))
         pixels = [_pixels_of(images, input_layout, n) for n in range(len(sums))]
 
-        def counts_of(n: int | None) -> np.ndarray:
-            image = images if n is None or getattr(images, "ndim", 0) == 3 else images[n]
-            one: Any = [image] if n is not None and isinstance(images, (list, tuple)) else image
-            return channel_histogram(one, input_layout).cpu().numpy()
+        def counts_of(members: list[int] | None) -> np.ndarray:
+            if members is None or getattr(images, "ndim", 0) == 3:
+                return channel_histogram(images, input_layout).cpu().numpy()
+            if isinstance(images, (list, tuple)):
+                return channel_histogram([images[n] for n in members]).cpu().numpy()
+            each = [channel_histogram(images[n], input_layout) for n in members]
+            return torch.stack(each).sum(0).cpu().numpy()
 
         self._update(sums, squares, pixels, counts_of, keys)
 
@@ -227,7 +274,7 @@ class ChannelStatistics:
             counts @ _BYTES,
             counts @ _BYTES**2,
             pixels,
-            lambda n: counts.sum(0) if n is None else counts[n],
+            lambda members: (counts if members is None else counts[members]).sum(0),
             keys,
         )
 
@@ -236,33 +283,39 @@ class ChannelStatistics:
         sums: np.ndarray,
         squares: np.ndarray,
         pixels: list[int],
-        counts_of: Callable[[int | None], np.ndarray],
+        counts_of: Callable[[list[int] | None], np.ndarray],
         keys: Sequence[str] | None,
     ) -> None:
-        """Count images by their moments (N, C) and pixels; ``counts_of`` one of them, or all."""
+        """Count images by their moments (N, C) and pixels; ``counts_of`` some of them, or all."""
         count, channels = sums.shape
         self._check_channels("update", channels)
         ids = self._new_ids(keys, count)
-        whole = len(self._parts) == 1
         if count == 0:
             return
-        added = [_Part.empty(channels) for _ in self._parts]
-        for n, (of_sums, of_squares) in enumerate(
-            zip(sums.tolist(), squares.tolist(), strict=True)
-        ):
-            fold = 0 if whole else ids[n] % len(self._parts)
-            part = added[fold]
-            if not whole:
-                part.counts += counts_of(n)
-            part.images += 1
-            part.pixels += pixels[n]
-            part.ids.update(ids[n : n + 1])
-            for c in range(channels):
-                spread = pixels[n] * of_squares[c] - of_sums[c] ** 2
-                part.image_std_sums[c] += math.isqrt(spread << (2 * _STD_BITS)) // pixels[n]
-        if whole:
-            added[0].counts += counts_of(None)
-        for fold, part in enumerate(added):  # nothing fails from here on
+        folds = len(self._parts)
+        if folds == 1:
+            self._add_parts([_Part.of(counts_of(None), sums, squares, pixels, ids)])
+            return
+        members: list[list[int]] = [[] for _ in self._parts]
+        for n, number in enumerate(ids):
+            members[number % folds].append(n)
+        self._add_parts(
+            [
+                _Part.of(
+                    counts_of(own),
+                    sums[own],
+                    squares[own],
+                    [pixels[n] for n in own],
+                    [ids[n] for n in own],
+                )
+                if own
+                else _Part.empty(channels)
+                for own in members
+            ]
+        )
+
+    def _add_parts(self, parts: Sequence[_Part]) -> None:
+        for fold, part in enumerate(parts):  # nothing fails here
             before = self._parts[fold]
             if before is None:
                 self._parts[fold] = part
