@@ -297,7 +297,7 @@ def count_folder(folder: Path, workers: int) -> Counted:
 
     The same functions as the command calls, without what it prints. Starting the workers, each of
     which has to import torch, takes the same second or two for a folder of any size, and is kept
-    apart: the clock runs from when a tenth of the images are counted to when all are.
+    apart: with workers, the clock runs from when a tenth of the images are counted to when all are.
     """
     marks: list[tuple[float, int]] = []
     start = time.perf_counter()
@@ -314,10 +314,8 @@ def count_folder(folder: Path, workers: int) -> Counted:
         ranks=_counting.Ranks(),
         progress=lambda total, ready, unreadable: marks.append((time.perf_counter(), ready)),
     )
-    (begin, first), (end, last) = (
-        next(mark for mark in marks if mark[1] >= marks[-1][1] / 10),
-        marks[-1],
-    )
+    end, last = marks[-1]
+    begin, first = next(mark for mark in marks if workers == 0 or mark[1] >= last / 10)
     each = (end - begin) / (last - first)
     return Counted(outcome, each, max(0.0, end - start - last * each))
 
