@@ -174,7 +174,7 @@ class Counter {
   }
 
  private:
-  static constexpr int kWaiting = (5 + kChannels) / kChannels;  // pieces: six planes or so
+  static constexpr int kWaiting = (11 + kChannels) / kChannels;  // pieces: a dozen planes
   static constexpr int kPlanes = kWaiting * kChannels;
   static constexpr int kWords = kHalves / 4;          // vectors of words
   static constexpr int kMostPieces = INT16_MAX / 64;  // a word holds what 64 bits are counted to

@@ -117,7 +117,7 @@ class _Part:
         sums: np.ndarray,
         squares: np.ndarray,
         pixels: Sequence[int],
-        ids: Sequence[int],
+        ids: Iterable[int],
     ) -> _Part:
         """Images by their histogram (C, 256), their moments (N, C) and their pixels (N)."""
         stds = [
@@ -154,25 +154,25 @@ class ImageCounts:
     """Counts Pillow images one by one, of new keys: what :class:`ChannelStatistics` then adds."""
 
     def __init__(self, folds: int) -> None:
-        self._folds = [(image_counter(), list[int]()) for _ in range(folds)]
+        self._folds = [(image_counter(), list[str]()) for _ in range(folds)]
 
     def add(self, image: Any, key: str) -> None:
-        """Count an image of no more than 4 channels."""
-        number = _id_of(key)
-        counter, ids = self._folds[number % len(self._folds)]
+        """Count an image, which has as many channels as those before."""
+        folds = len(self._folds)
+        counter, keys = self._folds[_id_of(key) % folds if folds > 1 else 0]
         counter.add(image)
-        ids.append(number)
+        keys.append(key)
 
     def parts(self) -> list[_Part]:
         """What was counted of each fold; none of them if nothing was."""
-        channels = next((len(each.counts) for each, ids in self._folds if ids), None)
+        channels = next((len(each.counts) for each, keys in self._folds if keys), None)
         if channels is None:
             return []
         return [
-            _Part.of(each.counts, each.sums, each.squares, each.pixels.tolist(), ids)
-            if ids
+            _Part.of(each.counts, each.sums, each.squares, each.pixels.tolist(), map(_id_of, keys))
+            if keys
             else _Part.empty(channels)
-            for each, ids in self._folds
+            for each, keys in self._folds
         ]
 
 
