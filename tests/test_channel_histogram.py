@@ -164,6 +164,16 @@ def in_memory_as(memory: str, count: int, height: int, width: int) -> torch.Tens
     return pixels[:, :3] if memory == "RGBX" else pixels
 
 
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_one_pixel_or_row_repeated(device: torch.device, channels: int) -> None:
+    """As ``expand`` does: the stride of a width of 1 says nothing."""
+    pixel = random_bytes(1, 1, 1, channels).to(device)
+    check(pixel.expand(100, 100, 1, channels), input_layout="NHWC")
+    check(pixel.expand(1, 5000, 1, channels), input_layout="NHWC")
+    row = random_bytes(1, 1, 64, channels).to(device)
+    check(row.expand(3, 50, 64, channels), input_layout="NHWC")
+
+
 @pytest.mark.parametrize("memory", ["planes", "RGB", "RGBX", "RGBA"])
 def test_pairs_of_bytes(isa: str, memory: str) -> None:
     """From 32768 pixels on; odd widths leave pixels over, and rows of a crop are on their own."""

@@ -261,7 +261,8 @@ void count_strips(const HistogramGrid& grid, int64_t first_channel, int64_t firs
   for (int64_t strip = first; strip < last; ++strip) {
     const int64_t y = strip % strips_per_image(grid) * kPieceRows;
     const int64_t here = height - y < kPieceRows ? height - y : kPieceRows;
-    const bool is_last = y + here == height;
+    // Of rows that repeat the same pixels, each is the last one.
+    const bool is_last = y + here == height || rows.strides[1] == 0;
     const uint8_t* strip_rows[kPieceRows];
     for (int64_t row = 0; row < here; ++row) {
       strip_rows[row] = rows.images + first_channel * rows.channel_stride +

@@ -92,6 +92,7 @@ constexpr int64_t kFewestPixels = 3072;
 
 bool is_counted_in_pieces(const HistogramRows& rows) {
   const int64_t step = rows.strides[2];
+  if (rows.sizes[2] == 1) return false;  // one pixel, however often: its stride means nothing
   if (rows.sizes[0] * rows.sizes[1] * rows.sizes[2] < kFewestPixels) return false;
   if (rows.channels == 1 || rows.channel_stride != 1) return step == 1;
   return (rows.channels == 3 && (step == 3 || step == 4)) || (rows.channels == 4 && step == 4);

@@ -45,10 +45,11 @@ bool equal(const char* what, const int64_t* found, const std::vector<int64_t>& e
   return true;
 }
 
-bool run(Isa isa, const int64_t (&sizes)[4], Layout layout, bool at_end) {
+bool run(Isa isa, const int64_t (&sizes)[4], Layout layout, bool at_end, bool one_row = false) {
   ChannelHistogramArgs histogram{};
   ImageMomentsArgs moments{};
   set_strides(histogram.strides, sizes, layout);
+  if (one_row) histogram.strides[2] = 0;  // as torch's expand() repeats it
   std::memcpy(histogram.sizes, sizes, sizeof sizes);
   std::memcpy(moments.sizes, sizes, sizeof sizes);
   std::memcpy(moments.strides, histogram.strides, sizeof moments.strides);
@@ -120,6 +121,13 @@ bool run_all_on(Isa isa, int64_t& cases) {
         if (channels > 5 && width > 200) continue;
         const int64_t sizes[4] = {next_byte() % 3 + 1, channels, next_byte() % 3 + 1, width};
         if (!run(isa, sizes, static_cast<Layout>(layout), next_byte() % 4 != 0)) return false;
+        ++cases;
+      }
+  for (const int64_t channels : {1, 3, 4})
+    for (const int64_t width : {1, 33, 64, 200})
+      for (int layout = 0; layout < static_cast<int>(Layout::count); ++layout) {
+        const int64_t sizes[4] = {1, channels, 4000, width};
+        if (!run(isa, sizes, static_cast<Layout>(layout), true, true)) return false;
         ++cases;
       }
   // Enough for several parts, and for the narrow sums to be emptied.
