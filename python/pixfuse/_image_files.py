@@ -6,6 +6,7 @@ folder ``/data/train``. Keys do not depend on where a dataset lies, nor on the o
 
 from __future__ import annotations
 
+import functools
 import glob
 import io
 import math
@@ -69,6 +70,8 @@ class ArrayPart(NamedTuple):
         return f"{self.key}[{n}]"
 
 
+#: Folders that a walk has passed, whatever they are called.
+_Folders = tuple[tuple[int, int], ...]
 #: What a worker does at a time.
 Work = list[ImageFile] | ArrayPart
 
@@ -110,9 +113,8 @@ def find_images(paths: Iterable[str], layout: str | None = None) -> Found:
     """Find all images of folders, globs, lists, arrays and tar shards, sorted by key.
 
     Args:
-        paths: folders (recursive, symbolic links are followed but for loops), globs (``**``
-            included), text files (UTF-8) with a path in each line, ``.npy``, ``.npz``, ``.tar``,
-            images.
+        paths: folders (recursive), globs (``**`` included), text files (UTF-8) with a path in each
+            line, ``.npy``, ``.npz``, ``.tar``, images. Symbolic links are followed but for loops.
         layout: of arrays; None to tell by their shape, if that is beyond doubt.
 
     Raises:
@@ -120,8 +122,8 @@ def find_images(paths: Iterable[str], layout: str | None = None) -> Found:
     """
     Image.init()  # so that all its extensions are known
     finder = _Finder(layout)
-    for path, key in _expand(paths):
-        finder.add(path, key, named=True)
+    for path, key, above in _expand(paths):
+        finder.add(path, key, named=True, above=above)
     found = finder.found
     found.files = _once(found.files, lambda file: file)
     found.arrays = _once(found.arrays, lambda array: array[0])
@@ -153,12 +155,12 @@ def _once(entries: list[Any], part_of: Any) -> list[Any]:
     return [unique[key] for key in sorted(unique)]
 
 
-def _expand(paths: Iterable[str]) -> list[tuple[Path, str]]:
-    """The paths, with what globs match in their places, and what their keys begin with."""
-    expanded: list[tuple[Path, Path]] = []  # with what tells the keys apart
+def _expand(paths: Iterable[str]) -> list[tuple[Path, str, _Folders]]:
+    """The paths, with what globs match in their places, their keys, and the folders passed."""
+    expanded: list[tuple[Path, Path, _Folders]] = []  # with what tells the keys apart
     for path in paths:
         if os.path.lexists(path):
-            expanded.append((Path(path), Path(path)))
+            expanded.append((Path(path), Path(path), ()))
         elif glob.has_magic(path):
             matches = sorted(glob.glob(path, recursive=True))  # noqa: PTH207  (also absolute ones)
             if not matches:
@@ -166,7 +168,11 @@ def _expand(paths: Iterable[str]) -> list[tuple[Path, str]]:
             parts = Path(path).parts
             fixed = next(n for n, part in enumerate(parts) if glob.has_magic(part))
             folder = Path(*parts[:fixed])
-            expanded += [(Path(match), folder) for match in matches]
+            passed = functools.cache(functools.partial(_folders_from, folder))
+            for match in map(Path, matches):
+                above = passed(match.parent) if "**" in parts and match != folder else ()
+                if len(set(above)) == len(above):  # else back through a link: a walk would end
+                    expanded.append((match, folder, above))
         else:
             try:
                 os.lstat(path)
@@ -174,12 +180,26 @@ def _expand(paths: Iterable[str]) -> list[tuple[Path, str]]:
                 raise UsageProblemError(f"expected {path!r} to exist, got nothing there") from None
             except OSError:
                 pass  # it may well exist: whoever reads it says why it cannot be read
-            expanded.append((Path(path), Path(path)))
-    labels = _labels(root for _, root in expanded)
+            expanded.append((Path(path), Path(path), ()))
+    labels = _labels(root for _, root, _ in expanded)
     return [
-        (path, labels[root] + printable("" if path == root else f"/{path.relative_to(root)}"))
-        for path, root in expanded
+        (
+            path,
+            labels[root] + printable("" if path == root else f"/{path.relative_to(root)}"),
+            above,
+        )
+        for path, root, above in expanded
     ]
+
+
+def _folders_from(top: Path, folder: Path) -> _Folders:
+    """From ``top`` on, as a walk would have passed them."""
+    names = folder.relative_to(top).parts
+    return tuple(_identity(top.joinpath(*names[:n]).stat()) for n in range(len(names) + 1))
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
 
 
 def _labels(roots: Iterable[Path]) -> dict[Path, str]:
@@ -228,11 +248,11 @@ class _Finder:
             Unreadable(key, error if isinstance(error, str) else reason_of(error))
         )
 
-    def add(self, path: Path, key: str, named: bool = False) -> None:
+    def add(self, path: Path, key: str, named: bool = False, above: _Folders = ()) -> None:
         """Add a path; of what stands in folders only that which looks like images."""
         name = path.name.lower()
         if _is_folder(path):
-            self.add_folder(path, key, ())
+            self.add_folder(path, key, above)
         elif name.endswith(".npy"):
             self.guarded(key, self.add_npy, path)
         elif name.endswith(".npz"):
@@ -254,11 +274,10 @@ class _Finder:
         except Exception as error:  # whatever a damaged file leads to
             self.problem(key, error)
 
-    def add_folder(self, folder: Path, key: str, above: tuple[tuple[int, int], ...]) -> None:
+    def add_folder(self, folder: Path, key: str, above: _Folders) -> None:
         """Walk a folder; a link back to one that is being walked ends there."""
         try:
-            status = folder.stat()
-            here = (status.st_dev, status.st_ino)
+            here = _identity(folder.stat())
             if here in above:
                 return
             with os.scandir(folder) as found:
