@@ -23,7 +23,7 @@ from pixfuse import _library
 from pixfuse._convolution_autograd import _SLICE_BYTES
 from tests.bits import assert_same_bits
 from tests.images import LAYOUTS, random_bytes
-from tests.isas import FOR_CONVOLUTIONS, OF_BYTES
+from tests.isas import FOR_CONVOLUTIONS, OF_BITS, OF_BYTES
 from tests.normalizations import ROUNDINGS, made_up
 
 # Of torch's own convolution.
@@ -680,8 +680,9 @@ def many_channels(case: Case, dtype: torch.dtype = torch.float32) -> torch.Tenso
     return input.contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("isa", _library.available_isas(), indirect=True)
 def test_who_goes_directly(isa: str) -> None:
-    directly = isa in ("avx512", *OF_BYTES)
+    directly = isa in ("avx512", *OF_BYTES, *OF_BITS)
     for case in MANY_DIRECTLY.values():
         assert goes_by_torch(case, many_channels(case), torch.channels_last) is not directly
     for case in MANY_BY_TORCH.values():

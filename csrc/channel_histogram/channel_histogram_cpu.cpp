@@ -38,9 +38,6 @@ Loop loop_for(Isa isa) {
     case Isa::avx2:
       return avx2::channel_histogram_loop;
     case Isa::avx512:
-    case Isa::vnni:
-    case Isa::gfni:
-    case Isa::amx:  // for what bit_planes_loop does not count
       return avx512::channel_histogram_loop;
 #elif defined(__aarch64__)
     case Isa::neon:
@@ -66,7 +63,7 @@ int32_t count_blocks(HistogramRows rows, ParallelFor parallel_for) {
     HistogramRows rows;
     Loop loop;
     int64_t blocks;
-  } job{rows, loop_for(active_isa()), rows.sizes[0] * rows.sizes[1] * blocks_per_row(rows)};
+  } job{rows, loop_for(common_isa()), rows.sizes[0] * rows.sizes[1] * blocks_per_row(rows)};
   const auto body = [](int64_t first, int64_t last, void* context) {
     const Job& job = *static_cast<const Job*>(context);
     HistogramRows rows = job.rows;

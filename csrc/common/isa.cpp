@@ -102,6 +102,18 @@ bool isa_available(Isa isa) {
 
 Isa active_isa() { return active().load(std::memory_order_relaxed); }
 
+Isa common_isa() {
+  const Isa isa = active_isa();
+  switch (isa) {
+    case Isa::vnni:
+    case Isa::gfni:
+    case Isa::amx:
+      return Isa::avx512;
+    default:
+      return isa;
+  }
+}
+
 void set_active_isa(Isa isa) {
   if (!isa_available(isa)) {
     throw std::invalid_argument("pixfuse: expected an instruction set that this machine can run (" +

@@ -25,6 +25,9 @@ bool isa_available(Isa isa);
 // that does not exist or that this machine cannot run.
 Isa active_isa();
 
+// That level, or avx512 instead of what follows it: every operator has loops for these.
+Isa common_isa();
+
 // For tests and benchmarks, which compare levels within one process; throws as above.
 void set_active_isa(Isa isa);
 

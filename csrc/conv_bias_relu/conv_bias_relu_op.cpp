@@ -75,8 +75,7 @@ bool goes_directly(const Call& call) {
   if (call.groups != 1 || call.dtype == kFloat64) return false;
   const int64_t channels = call.view.sizes[1], outputs = call.output_sizes[1];
   if (channels <= kMaxDirectChannels) return true;
-  const Isa isa = active_isa();
-  if (isa != Isa::avx512 && isa != Isa::vnni && isa != Isa::gfni && isa != Isa::amx) return false;
+  if (common_isa() != Isa::avx512) return false;
   if (call.bytes() || call.dtype != static_cast<int64_t>(ElementType::float32)) return false;
   const int64_t side = call.weight.size(2), weights = channels * side * side;
   if ((side != 1 && side != 3) || call.weight.size(3) != side) return false;

@@ -25,9 +25,6 @@ Loop loop_for(Isa isa) {
     case Isa::avx2:
       return avx2::normalize_parts;
     case Isa::avx512:
-    case Isa::vnni:
-    case Isa::gfni:
-    case Isa::amx:
       return avx512::normalize_parts;
 #elif defined(__aarch64__)
     case Isa::neon:
@@ -148,7 +145,7 @@ int32_t crop_mirror_normalize_cpu(const CropMirrorNormalizeArgs& args, ParallelF
   struct Job {
     const CropMirrorNormalizeArgs& args;
     Loop loop;
-  } job{args, loop_for(active_isa())};
+  } job{args, loop_for(common_isa())};
   for (int64_t size : args.sizes) {
     if (size == 0) return 0;
   }

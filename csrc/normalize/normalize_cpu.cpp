@@ -16,9 +16,6 @@ Loop loop_for(Isa isa) {
     case Isa::avx2:
       return avx2::normalize_loop;
     case Isa::avx512:
-    case Isa::vnni:
-    case Isa::gfni:
-    case Isa::amx:
       return avx512::normalize_loop;
 #elif defined(__aarch64__)
     case Isa::neon:
@@ -35,7 +32,7 @@ int32_t normalize_cpu(const NormalizeArgs& original, ParallelFor parallel_for) {
   struct Job {
     NormalizeArgs args;
     Loop loop;
-  } job{original, loop_for(active_isa())};
+  } job{original, loop_for(common_isa())};
   for (int64_t size : job.args.sizes) {
     if (size == 0) return 0;
   }
