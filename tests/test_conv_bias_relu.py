@@ -97,8 +97,8 @@ class Truth:
         self.root = math.sqrt(weight[0].numel() + 1)
 
     def share_rounding(self) -> None:
-        """Winograd's algorithm rounds what up to 4 neighbouring outputs have in common."""
-        self.magnitude = max_pool2d(self.magnitude, (1, 7), 1, (0, 3))
+        """Winograd's algorithm rounds what up to 4 by 2 neighbouring outputs have in common."""
+        self.magnitude = max_pool2d(self.magnitude, (3, 7), 1, (1, 3))
 
     def error(self, dtype: torch.dtype) -> torch.Tensor:
         tolerance = TOLERANCES[dtype]
@@ -173,7 +173,7 @@ STEMS = {
     "mobilenet": Case(3, 32, (3, 3), 2, 1, size=(64, 61)),
     "convnext": Case(3, 96, (4, 4), 4, 0, size=(64, 68)),
     "vit": Case(3, 768, (16, 16), 16, 0, size=(64, 48), images=1),
-    "alexnet": Case(3, 64, (11, 11), 4, 2, size=(63, 67)),
+    "alexnet": Case(3, 64, (11, 11), 4, 2, size=(135, 131)),
 }
 
 GRID = [
@@ -852,20 +852,23 @@ def test_large_batches_of_many_channels(isa: str) -> None:
 WINOGRAD = {
     "resnet": STEMS["resnet"],
     "alexnet": STEMS["alexnet"],
-    "four channels": Case(4, 20, (5, 5), 1, 2, size=(12, 13)),
-    "stride 1": Case(3, 33, (7, 7), 1, 3, size=(16, 17)),
-    "one row of taps 9 wide": Case(4, 16, (5, 9), (1, 3), 0, size=(30, 52)),
-    "rows dilated": Case(3, 70, (7, 8), 2, 3, (2, 1), size=(40, 41)),
-    "phases of 3, 2 and 2": Case(3, 64, (7, 7), 3, 2, size=(40, 43)),
-    "not padded": Case(3, 64, (7, 7), 2, 0, size=(41, 43), bias=False),
+    "four channels": Case(4, 20, (5, 5), 1, 2, size=(57, 58)),
+    "stride 1": Case(3, 33, (7, 7), 1, 3, size=(45, 45)),
+    "one row of taps 9 wide": Case(4, 16, (5, 9), (1, 3), 0, size=(70, 200)),
+    "rows dilated": Case(3, 70, (7, 8), 2, 3, (2, 1), size=(68, 65)),
+    "rows dilated by more than the stride": Case(3, 40, (7, 5), 1, 2, (2, 1), size=(52, 42)),
+    "phases of 3, 2 and 2": Case(3, 64, (7, 7), 3, 2, size=(100, 97)),
+    "a stride of its own for rows": Case(3, 64, (9, 6), (5, 2), 1, size=(166, 66)),
+    "not padded": Case(3, 64, (7, 7), 2, 0, size=(71, 69), bias=False),
+    "a single row": Case(3, 64, (7, 7), 2, 0, size=(7, 2053), images=1),
 }
 DIRECT = {
-    "a phase of one tap": Case(3, 32, (7, 3), 2, 1, size=(64, 61)),
-    "few terms": Case(3, 32, (5, 5), 2, 2, size=(64, 61)),
+    "a phase of one tap": Case(3, 64, (7, 3), 2, 1, size=(70, 66)),
+    "few terms": Case(3, 64, (5, 5), 2, 2, size=(66, 64)),
     "few taps": Case(3, 32, (11, 3), 1, 1, size=(64, 61)),
-    "one channel": Case(1, 32, (7, 7), 2, 3, size=(64, 61)),
-    "dilated": Case(3, 32, (7, 7), 1, 3, 2, size=(32, 31)),
-    "a small image": Case(3, 32, (7, 7), 2, 3, size=(16, 16)),
+    "one channel": Case(1, 64, (7, 7), 2, 3, size=(65, 64)),
+    "dilated": Case(3, 64, (7, 7), 1, 3, 2, size=(48, 47)),
+    "few outputs": Case(3, 64, (7, 7), 2, 3, size=(64, 62)),
     **{name: STEMS[name] for name in ("vgg", "mobilenet", "convnext", "vit")},
 }
 
@@ -879,12 +882,14 @@ def is_direct(case: Case, weight: torch.Tensor, normalization: pixfuse.Normaliza
     return torch.equal(of_bytes.nan_to_num(), of_floats.nan_to_num())
 
 
+def outputs_per_image(case: Case) -> int:
+    weight = torch.empty(case.outputs, case.channels, *case.kernel, device="meta")
+    image = weight.new_empty(1, case.channels, *case.size)
+    return conv2d(image, weight, None, *case.options()).numel()
+
+
 def is_in_points(case: Case) -> bool:
     """What Winograd's algorithm is for."""
-    weight = torch.empty(1, case.channels, *case.kernel, device="meta")
-    positions = conv2d(
-        weight.new_empty(1, case.channels, *case.size), weight, None, *case.options()
-    )
     strides, dilations = (
         pair if isinstance(pair, tuple) else (pair, pair) for pair in (case.stride, case.dilation)
     )
@@ -893,7 +898,7 @@ def is_in_points(case: Case) -> bool:
         and case.kernel[1] >= 2 * strides[1]
         and case.kernel[0] * case.channels >= 20
         and math.prod(case.kernel) * case.channels >= 100
-        and positions.numel() >= 128
+        and outputs_per_image(case) >= 1 << 16
     )
 
 
@@ -945,7 +950,8 @@ def test_winograd_of_every_width() -> None:
     for columns in (*range(1, 14), 47, 48, 49, 50, 97):  # 12 tiles of 4 are taken together
         for kernel, stride, padding, outputs in ((7, 2, 3, 64), (11, 4, 5, 17), (8, 1, 5, 33)):
             width = max(1, (columns - 1) * stride + kernel - 2 * padding)
-            size = (stride * (-(-128 // columns) + 3), width)
+            rows = -(-(1 << 16) // (outputs * columns)) + columns % 2
+            size = ((rows - 1) * stride + kernel - 2 * padding, width)
             case = Case(3, outputs, (kernel, kernel), stride, padding, size=size, images=1)
             images = random_bytes(1, 3, *size)
             check(case, images, DTYPES[:1], winograd=True, memory_format=FORMATS[columns % 2])
@@ -970,7 +976,7 @@ def test_winograd_is_as_accurate_as_torch(isa: str) -> None:
             theirs = relu(conv2d(floats, *call))
             mine, torchs_own = ((result - exact).abs() for result in (ours, theirs))
             assert mine.max() <= 2 * torchs_own.max()
-            assert mine.pow(2).mean() <= (1.5**2) * torchs_own.pow(2).mean()
+            assert mine.pow(2).mean() <= (1.75**2) * torchs_own.pow(2).mean()
 
 
 def edges() -> torch.Tensor:
@@ -1220,6 +1226,22 @@ def test_digits_are_as_accurate_as_torch(isa: str) -> None:
         assert mine.pow(2).mean() <= (1 if many else 1.5**2) * torchs_own.pow(2).mean()
 
 
+def test_a_bias_larger_than_all_the_rest_is_rounded_with_once(isa: str) -> None:
+    """Half a step of the result is all that there is to lose then, and what the sums have lost."""
+    for case in (WINOGRAD["resnet"], Case(3, 64, (5, 5), 1, 2, size=(24, 24))):
+        weight, bias = case.weights(torch.float32)
+        assert bias is not None
+        bias = bias.abs() + 4
+        images = random_bytes(1, 3, *case.size) // 8
+        floats = pixfuse.normalize(images, pixfuse.UNIT)
+        exact = conv2d(floats.double(), weight.double(), bias.double(), *case.options()).relu()
+        ours, _ = pixfuse.conv_bias_relu(
+            images, weight, bias, *case.options(), normalization=pixfuse.UNIT
+        )
+        step = torch.from_numpy(np.spacing(exact.float().numpy())).double()
+        assert ((ours.double() - exact).abs() / step).max() < 0.9
+
+
 @in_digits
 def test_black_is_nothing(isa: str) -> None:
     """In [0, 1] a black pixel leaves no trace of its weight, however large that is."""
@@ -1291,33 +1313,51 @@ def test_weights_too_far_apart_for_digits(isa: str) -> None:
 
 @dataclass
 class Points:
-    """The constants of winograd.h, and the matrices that its comment makes of them."""
+    """The points of winograd.h along one side, and the matrices that its comment makes of them."""
 
-    pairs: list[Fraction]
-    slots: list[list[int]]  # of pieces of 2, 3 and 4 taps
+    outputs: int
+    points: list[Fraction]  # of the slots before infinity
+    slots: list[list[int]]  # of pieces of some taps, of one more and so on
+    least_taps: int
 
     @classmethod
-    def read(cls) -> "Points":
+    def of_columns(cls) -> "Points":
+        pairs = [Fraction(number) for number in cls.read("kWinogradPairPoints")[0]]
+        points = [*(v for pair in pairs for v in (pair, -pair)), Fraction(0)]
+        return cls(4, points, cls.slots_of("kWinogradPointSlots", kWinogradZero=6), 2)
+
+    @classmethod
+    def of_rows(cls) -> "Points":
+        points = [Fraction(number) for number in cls.read("kWinogradRowPoints")[0]]
+        return cls(2, points, cls.slots_of("kWinogradRowPointSlots"), 1)
+
+    @staticmethod
+    def read(name: str) -> list[list[str]]:
+        """The rows of a constant."""
         text = (ROOT / "csrc" / "conv_bias_relu" / "winograd.h").read_text()
-        pairs = re.search(r"kWinogradPairPoints\[.*?\] = \{(.*?)\}", text)
-        slots = re.search(r"kWinogradPointSlots\[.*?= \{(.*?)\};", text, re.DOTALL)
-        assert pairs is not None
-        assert slots is not None
-        words = slots[1].replace("kWinogradZero", "6").replace("kWinogradInfinity", "7")
-        rows = re.findall(r"\{(.*?)\}", words)
-        return cls(
-            [Fraction(number) for number in pairs[1].split(",")],
-            [[int(number) for number in row.split(",")] for row in rows],
-        )
+        value = re.search(name + r"\[.*?\] = \{(.*?)\};", text, re.DOTALL)
+        assert value is not None
+        rows = re.findall(r"\{(.*?)\}", value[1]) or [value[1]]
+        return [row.split(", ") for row in rows]
+
+    @classmethod
+    def slots_of(cls, name: str, **names: int) -> list[list[int]]:
+        names |= {"kWinogradInfinity": -1, "kWinogradRowInfinity": -1}
+        return [[names[w] if w in names else int(w) for w in row] for row in cls.read(name)]
+
+    @property
+    def taps(self) -> range:
+        return range(self.least_taps, self.least_taps + len(self.slots))
 
     def matrices(self, taps: int) -> tuple[list[list[Fraction]], ...]:
-        slots = self.slots[taps - 2]
-        assert len(slots) == taps + 3
-        assert slots[-1] == 7
-        values = [v for pair in self.pairs for v in (pair, -pair)] + [Fraction(0)]
-        points = [values[slot] for slot in slots[:-1]]
-        infinity = [Fraction(int(j == 3)) for j in range(4)]
-        outputs = [[p**j for p in points] + [infinity[j]] for j in range(4)]
+        slots = self.slots[taps - self.least_taps]
+        count = self.outputs + taps - 1
+        assert len(slots) == count
+        assert slots[-1] == -1
+        points = [self.points[slot] for slot in slots[:-1]]
+        assert len({*points}) == len(points)
+        infinity = [Fraction(int(j == self.outputs - 1)) for j in range(self.outputs)]
+        outputs = [[p**j for p in points] + [infinity[j]] for j in range(self.outputs)]
         weights, inputs = [], []
         for point in [*points, None]:
             others = [other for other in points if other != point]
@@ -1329,7 +1369,7 @@ class Points:
                         [Fraction(0), *product], [*product, Fraction(0)], strict=True
                     )
                 ]
-            inputs.append(product + [Fraction(0)] * (taps + 3 - len(product)))
+            inputs.append(product + [Fraction(0)] * (count - len(product)))
             if point is None:
                 weights.append([Fraction(int(k == taps - 1)) for k in range(taps)])
             else:
@@ -1338,30 +1378,41 @@ class Points:
         return outputs, weights, inputs
 
 
-def is_a_convolution(matrices: tuple[list[list[Fraction]], ...], taps: int) -> bool:
+def is_a_convolution(matrices: tuple[list[list[Fraction]], ...]) -> bool:
     """y[j] is the sum of w[k] * x[j + k], and of nothing else: exactly."""
     outputs, weights, inputs = matrices
     return all(
-        sum(outputs[j][i] * weights[i][k] * inputs[i][at] for i in range(taps + 3))
-        == int(at == j + k)
-        for j in range(4)
-        for k in range(taps)
-        for at in range(taps + 3)
+        sum(row[i] * weights[i][k] * inputs[i][at] for i in range(len(inputs))) == int(at == j + k)
+        for j, row in enumerate(outputs)
+        for k in range(len(weights[0]))
+        for at in range(len(inputs))
     )
 
 
-@pytest.mark.parametrize("taps", [2, 3, 4])
-def test_the_points_of_winograd(taps: int) -> None:
-    points = Points.read()
-    matrices = points.matrices(taps)
-    assert is_a_convolution(matrices, taps)
-    outputs, _, inputs = matrices
-    for matrix in (outputs, inputs):
-        assert all(Fraction(float(np.float32(float(f)))) == f for row in matrix for f in row)
-    for matrix in matrices:  # a planted fault
-        matrix[1][1] += Fraction(1, 1024)
-        assert not is_a_convolution(matrices, taps)
-        matrix[1][1] -= Fraction(1, 1024)
+def test_the_points_of_winograd() -> None:
+    for points in (Points.of_columns(), Points.of_rows()):
+        for taps in points.taps:
+            matrices = points.matrices(taps)
+            assert is_a_convolution(matrices)
+            outputs, _, inputs = matrices
+            for matrix in (outputs, inputs):
+                assert all(
+                    Fraction(float(np.float32(float(f)))) == f for row in matrix for f in row
+                )
+            for matrix in matrices:  # a planted fault
+                matrix[1][0] += Fraction(1, 1024)
+                assert not is_a_convolution(matrices)
+                matrix[1][0] -= Fraction(1, 1024)
+
+
+def test_lines_of_winograd_have_two_terms() -> None:
+    """Along the height, and the last one as it is: so it is one addition for each point."""
+    points = Points.of_rows()
+    for taps in points.taps:
+        for row in points.matrices(taps)[2]:
+            factors = [factor for factor in row if factor != 0]
+            assert factors[-1] == 1
+            assert len(factors) <= 2
 
 
 # --- derivatives ---

@@ -258,7 +258,7 @@ int32_t conv_bias_relu_cpu(const ConvBiasReluArgs& args, ParallelFor parallel_fo
   if (winograd.has_value()) {
     job.winograd = &winograd->plan;
     job.line_pixels = winograd->line_pixels;
-    job.line_floats = job.winograd->points * job.winograd->point_floats;
+    job.line_floats = job.winograd->line_floats();
     weights_per_output = job.winograd->weights_per_output;
   } else if (digits.has_value()) {
     job.digits = &digits->plan;
@@ -271,6 +271,7 @@ int32_t conv_bias_relu_cpu(const ConvBiasReluArgs& args, ParallelFor parallel_fo
   const int64_t weight_floats = weights_per_output * padded;
   job.rows_at_once = weight_floats <= kCachedWeightFloats ? 1 : kItemRows;
   job.rows_at_once = std::max(job.rows_at_once, job.rows_staged);
+  if (winograd.has_value()) job.rows_at_once = std::max(job.rows_at_once, int64_t{kWinogradRows});
   if (job.rows_at_once > height) job.rows_at_once = height;
   if (digits.has_value()) job.rows_at_once = digits->rows_at_once;
   job.lines = (job.rows_at_once - 1) * args.stride[0] + (args.kernel[0] - 1) * args.dilation[0] + 1;

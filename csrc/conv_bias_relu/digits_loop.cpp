@@ -210,9 +210,10 @@ struct Steps {
 
   explicit Steps(const float* step) : low(load(step)), middle(low * 256.0f), high(low * 65536.0f) {}
   Vector output(Integers lows, Integers middles, Integers highs, Vector bias) const {
-    Vector y = multiply_add(__builtin_convertvector(lows, Vector), low, bias);
+    Vector y = __builtin_convertvector(lows, Vector) * low;
     y = multiply_add(__builtin_convertvector(middles, Vector), middle, y);
-    return multiply_add(__builtin_convertvector(highs, Vector), high, y);
+    y = multiply_add(__builtin_convertvector(highs, Vector), high, y);
+    return y + bias;  // the last, as it may be larger than all: so it is rounded with once
   }
 };
 

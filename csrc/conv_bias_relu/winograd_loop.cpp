@@ -1,11 +1,13 @@
 // The convolution by winograd.h. Compiled once per instruction set, with PIXFUSE_ISA naming its
 // namespace.
 //
-// A row of input is brought to the points of all pieces when it comes, and held as that. Then, for
-// a few tiles of an output row at a time and point by point, tiles times vectors of output channels
-// are summed up in registers, over kernel rows and input channels, as in the direct convolution:
-// each value is broadcast, and multiplied with the weights of its point. These sums stay in the
-// first-level cache until the outputs are taken from them.
+// A row of input is brought to the points of the width when it comes, and held as that. For two
+// output rows, the lines that they see are brought to the points of the height. Then, for a few
+// tiles of the two rows at a time and point by point, tiles times vectors of output channels are
+// summed up in registers, over pieces and input channels, as in the direct convolution: each value
+// is broadcast, and multiplied with the weights of its point. The sums of the points of the height
+// are added to those of the two rows, which stay in the caches until the outputs are taken from
+// them.
 #include "conv_bias_relu/lines.h"
 #include "conv_bias_relu/rows.h"
 #include "conv_bias_relu/stage.h"
@@ -19,10 +21,16 @@ constexpr int kSumTiles = 3;
 // From a slot's sums to those of the next one: however many vectors there are, so that a slot that
 // no piece uses stays zero.
 constexpr int64_t kSlotFloats = kWinogradSumFloats / kWinogradSlots;
+constexpr int64_t kRowFloats = kSlotFloats / kWinogradRows;
 
 // Outputs are turned on the stage, and stored past the caches in whole vectors.
 static_assert(kWinogradTiles * kWinogradOutputs <= kStagePixels &&
               kWinogradTiles * kWinogradOutputs % kLanes == 0);
+
+// Of the height: a single row needs no more than come before infinity.
+int row_slots(const RowBlock& row) {
+  return row.rows == kWinogradRows ? kWinogradRowSlots : kWinogradRowInfinity;
+}
 
 // --- input ---
 
@@ -71,7 +79,20 @@ void spread_line(const ConvBiasReluJob& job, const float* line, float* spread) {
   }
 }
 
-// All points of one piece.
+// The sum over every other one of x, the last one at `last`.
+template <int last, int count>
+[[gnu::always_inline]] inline Vector sum_of_every_other(const float* factors,
+                                                        const Vector (&x)[count]) {
+  Vector sum{};
+  unrolled<last / 2 + 1>([&](auto i) __attribute__((always_inline)) {
+    constexpr int at = last % 2 + 2 * i.value;
+    sum = multiply_add(broadcast(factors[at]), x[at], sum);
+  });
+  return sum;
+}
+
+// All points of one piece. B has zeros in every other column for 0 and infinity; and for a point
+// and its negative the same numbers there, and each other's negatives in the other columns.
 template <int points>
 void transform_piece(const ConvBiasReluJob& job, const WinogradPiece& piece, const float* spread,
                      float* out) {
@@ -82,55 +103,106 @@ void transform_piece(const ConvBiasReluJob& job, const WinogradPiece& piece, con
     const int64_t pixel = piece.first + i * job.args.stride[1];
     in[i] = spread + pixel % plan.residues * plan.residue_floats + pixel / plan.residues * channels;
   }
+  constexpr int last = points - 1, pairs = last / 2;
   for (int64_t at = 0; at < plan.tiles * channels; at += kLanes) {
     Vector x[points];
     unrolled<points>([&](auto i)
                          __attribute__((always_inline)) { x[i.value] = load(in[i.value] + at); });
-    for (int p = 0; p < points; ++p) {
-      Vector y{};
-      unrolled<points>([&](auto i) __attribute__((always_inline)) {
-        y = multiply_add(broadcast(piece.input[p][i.value]), x[i.value], y);
-      });
-      store(out + p * plan.point_floats + at, y);
+    float* to = out + at;
+    for (int pair = 0; pair < pairs; ++pair) {
+      const float* const factors = piece.input[2 * pair];
+      const Vector same = sum_of_every_other<last - 1>(factors, x);
+      const Vector opposite = sum_of_every_other<last - 2>(factors, x);
+      store(to, same + opposite);
+      store(to + plan.point_floats, same - opposite);
+      to += 2 * plan.point_floats;
+    }
+    if constexpr (last % 2 != 0) {
+      store(to, sum_of_every_other<last - 1>(piece.input[last - 1], x));
+      to += plan.point_floats;
+    }
+    store(to, sum_of_every_other<last>(piece.input[last], x));
+  }
+}
+
+// The lines that two rows of outputs see, or the first one alone.
+void transform_lines(const WinogradPlan& plan, const RowBlock& row, float* out) {
+  const int64_t count = plan.first_line[row_slots(row)], floats = plan.point_floats;
+  const int64_t all = plan.first_line[kWinogradRowSlots];
+  for (int64_t i = 0; i < count; ++i) {
+    const WinogradLine& line = plan.lines[i];
+    const float *from = row.lines[line.line], *other = row.lines[line.other];
+    const Vector factor = broadcast(line.factor);
+    for (int64_t p = 0; p < plan.points; ++p) {
+      float* const to = out + (p * all + i) * floats;
+      for (int64_t at = 0; at < floats; at += kLanes) {
+        store(to + at, multiply_add(factor, load(other + at), load(from + at)));
+      }
+      from += floats;
+      other += floats;
     }
   }
 }
 
 // --- sums ---
 
-// The sums of one slot for `tiles` times `vectors`.
+// The sums of one slot for `tiles` times `vectors`, of both rows, or of the first one alone: with
+// `runs`, where those of each slot of the height begin.
 template <int vectors, int tiles>
-void sum_tiles(const WinogradRun* run, const WinogradRun* last, const float* const* lines,
-               int64_t line_start, int64_t channels, const float* weight, float* out) {
-  Vector sums[vectors * tiles] = {};
-  for (; run != last; ++run) {
-    Vector parts[vectors * tiles] = {};
-    for (int64_t row = run->first_row; row < run->first_row + run->rows; ++row) {
-      const float* at = lines[row] + run->line_offset + line_start;
-      for (int64_t c = 0; c < channels; ++c) {
-        Vector w[vectors];
-        unrolled<vectors>([&](auto v) __attribute__((always_inline)) {
-          w[v.value] = load(weight + v.value * kLanes);
-        });
-        weight += vectors * kLanes;
-        unrolled<tiles>([&](auto t) __attribute__((always_inline)) {
-          const Vector value = broadcast(at[c + t.value * channels]);
+void sum_tiles(const WinogradPlan& plan, const int64_t* runs, int row_slots, const float* lines,
+               int64_t channels, const float* weight, float* first_row) {
+  constexpr int count = vectors * tiles;
+  float* const second_row = first_row + kRowFloats;
+  Vector sums[count] = {};
+  for (int slot = 0; slot < row_slots; ++slot) {
+    for (const WinogradRun* run = plan.runs + runs[slot]; run != plan.runs + runs[slot + 1];
+         ++run) {
+      Vector parts[count] = {};
+      const float* at = lines + run->offset;
+      for (int64_t line = 0; line < run->lines; ++line, at += plan.point_floats) {
+        for (int64_t c = 0; c < channels; ++c) {
+          Vector w[vectors];
           unrolled<vectors>([&](auto v) __attribute__((always_inline)) {
-            Vector& part = parts[t.value * vectors + v.value];
-            part = multiply_add(value, w[v.value], part);
+            w[v.value] = load(weight + v.value * kLanes);
           });
-        });
+          weight += vectors * kLanes;
+          unrolled<tiles>([&](auto t) __attribute__((always_inline)) {
+            const Vector value = broadcast(at[c + t.value * channels]);
+            unrolled<vectors>([&](auto v) __attribute__((always_inline)) {
+              Vector& part = parts[t.value * vectors + v.value];
+              part = multiply_add(value, w[v.value], part);
+            });
+          });
+        }
       }
+      unrolled<count>([&](auto i)
+                          __attribute__((always_inline)) { sums[i.value] += parts[i.value]; });
     }
-    unrolled<vectors * tiles>(
-        [&](auto i) __attribute__((always_inline)) { sums[i.value] += parts[i.value]; });
+    // A of winograd.h: the rows are the sum and the difference of the first two slots, and one slot
+    // more each.
+    unrolled<count>([&](auto i) __attribute__((always_inline)) {
+      float *const first = first_row + i.value * kLanes, *const second =
+                                                             second_row + i.value * kLanes;
+      Vector& sum = sums[i.value];
+      if (slot == 0) {
+        store(first, sum);
+        sum = Vector{};
+      } else if (slot == 1) {
+        const Vector above = load(first);
+        store(second, above - sum);
+        sum += above;
+      } else if (slot == 2) {
+        store(first, sum);
+        sum = load(second);
+      } else {
+        store(second, sum);
+      }
+    });
   }
-  unrolled<vectors * tiles>(
-      [&](auto i) __attribute__((always_inline)) { store(out + i.value * kLanes, sums[i.value]); });
 }
 
-using SumTiles = void (*)(const WinogradRun*, const WinogradRun*, const float* const*, int64_t,
-                          int64_t, const float*, float*);
+using SumTiles = void (*)(const WinogradPlan&, const int64_t*, int, const float*, int64_t,
+                          const float*, float*);
 struct SumTable {
   SumTiles of[kMaxVectors][kSumTiles];
 };
@@ -163,11 +235,9 @@ template <int vectors>
 [[gnu::always_inline]] inline void outputs_of(const float* sums, Vector bias,
                                               Vector (&y)[kWinogradOutputs]) {
   constexpr int64_t slot = kSlotFloats;
-  const Vector zero = load(sums + kWinogradZero * slot);
-  y[0] = bias + zero;
-  y[1] = bias;
-  y[2] = bias;
-  y[3] = bias + load(sums + kWinogradInfinity * slot);
+  y[0] = load(sums + kWinogradZero * slot);
+  y[1] = y[2] = Vector{};
+  y[3] = load(sums + kWinogradInfinity * slot);
   unrolled<kWinogradPairs>([&](auto i) __attribute__((always_inline)) {
     constexpr double a = kWinogradPairPoints[i.value];
     const Vector above = load(sums + 2 * i.value * slot);
@@ -178,6 +248,8 @@ template <int vectors>
     y[2] = multiply_add(broadcast(static_cast<float>(a * a)), even, y[2]);
     y[3] = multiply_add(broadcast(static_cast<float>(a * a * a)), odd, y[3]);
   });
+  // It may be larger than all: so it is rounded with once.
+  for (Vector& output : y) output += bias;
 }
 
 // ReLU and counts too, where an output has its channels side by side.
@@ -219,79 +291,100 @@ void prefetch_rows(const T* out, int64_t count, int64_t step, int64_t length, in
 
 // --- rows ---
 
+// The sums of some tiles at all points.
 template <class T, int vectors>
-void run_row(const ConvBiasReluJob& job, const RowBlock& row, float* sums) {
+void sum_points(const ConvBiasReluJob& job, const RowBlock& row, int64_t first, int64_t tiles,
+                const float* lines, const T* out, int64_t pixels, float* sums) {
+  const ConvBiasReluArgs& args = job.args;
+  const int64_t channels = args.output_sizes[1] - row.channel;
+  const int64_t wanted = channels < vectors * kLanes ? channels : vectors * kLanes;
+  const WinogradPlan& plan = *job.winograd;
+  const int64_t inputs = job.args.input_sizes[1];
+  const float* weight = job.weight + row.channel * plan.weights_per_output;
+  for (int slot = 0; slot < kWinogradSlots; ++slot) {
+    const int64_t* const runs = plan.first_run + slot * kWinogradRowSlots;
+    const WinogradRun* const run = plan.runs + runs[0];
+    const WinogradRun* const last = plan.runs + runs[kWinogradRowSlots];
+    if (run == last) continue;
+    // The stores come after so much arithmetic that their lines can be in the cache by then.
+    for (int64_t r = 0; r < row.rows; ++r) {
+      const T* const to = out + r * args.output_strides[2];
+      if (job.past_caches) {
+        // then there is nothing to be read
+      } else if (args.output_strides[1] == 1) {
+        prefetch_rows(to, pixels, args.output_strides[3], wanted, slot);
+      } else {
+        prefetch_rows(to, wanted, args.output_strides[1], pixels, slot);
+      }
+    }
+    for (int64_t t = 0; t < tiles;) {
+      const int64_t count = sum_tile_count(tiles - t);
+      kSums.of[vectors - 1][count - 1](plan, runs, row_slots(row), lines + (first + t) * inputs,
+                                       inputs, weight,
+                                       sums + slot * kSlotFloats + t * vectors * kLanes);
+      t += count;
+    }
+    for (const WinogradRun* r = run; r != last; ++r) weight += r->lines * inputs * vectors * kLanes;
+  }
+}
+
+template <class T, int vectors>
+void run_row(const ConvBiasReluJob& job, const RowBlock& row, float* sums, float* lines) {
   const ConvBiasReluArgs& args = job.args;
   const WinogradPlan& plan = *job.winograd;
   const int64_t width = args.output_sizes[3], pixel_step = args.output_strides[3];
-  const int64_t channel_step = args.output_strides[1], inputs = args.input_sizes[1];
+  const int64_t channel_step = args.output_strides[1];
   const int64_t channels = args.output_sizes[1] - row.channel;
-  const int64_t wanted = channels < vectors * kLanes ? channels : vectors * kLanes;
   const float* const bias = job.bias + row.channel;
-  T* const out = static_cast<T*>(args.output) + row.output_offset;
+  transform_lines(plan, row, lines);
   for (int64_t first = 0; first < plan.tiles; first += kWinogradTiles) {
     const int64_t left = plan.tiles - first, tiles = left < kWinogradTiles ? left : kWinogradTiles;
     const int64_t begin = first * kWinogradOutputs, end = begin + tiles * kWinogradOutputs;
     const int64_t pixels = (end < width ? end : width) - begin;
-    T* const to = out + begin * pixel_step;
-    const float* weight = job.weight + row.channel * plan.weights_per_output;
-    for (int slot = 0; slot < kWinogradSlots; ++slot) {
-      const WinogradRun* const run = plan.runs + plan.first_run[slot];
-      const WinogradRun* const last = plan.runs + plan.first_run[slot + 1];
-      if (run == last) continue;
-      // The stores come after so much arithmetic that their lines can be in the cache by then.
-      if (job.past_caches) {
-        // then there is nothing to be read
-      } else if (channel_step == 1) {
-        prefetch_rows(to, pixels, pixel_step, wanted, slot);
-      } else {
-        prefetch_rows(to, wanted, channel_step, pixels, slot);
+    T* const out = static_cast<T*>(args.output) + row.output_offset + begin * pixel_step;
+    sum_points<T, vectors>(job, row, first, tiles, lines, out, pixels, sums);
+    for (int64_t r = 0; r < row.rows; ++r) {
+      T* const to = out + r * args.output_strides[2];
+      const float* const of_row = sums + r * kRowFloats;
+      Counts<vectors> counts;
+      bool done = false;
+      if constexpr (__is_same(T, float)) {
+        if (channels >= vectors * kLanes && channel_step == 1) {
+          take_outputs<vectors, true>(of_row, bias, pixels, to, pixel_step, job.past_caches,
+                                      counts);
+          done = true;
+        }
       }
-      float* at = sums + slot * kSlotFloats;
-      for (int64_t t = 0; t < tiles;) {
-        const int64_t count = sum_tile_count(tiles - t);
-        kSums.of[vectors - 1][count - 1](run, last, row.lines, (first + t) * inputs, inputs, weight,
-                                         at + t * vectors * kLanes);
-        t += count;
+      if (!done) {
+        take_outputs<vectors, false>(of_row, bias, pixels, row.stage, vectors * kLanes, false,
+                                     counts);
+        counts = finish<T, vectors>(row.stage, pixels);
+        if (channel_step == 1) {
+          store_pixels<T, vectors>(row.stage, pixels, channels, to, pixel_step);
+        } else {
+          store_planes<T, vectors>(row.stage, pixels, channels, to, channel_step, job.past_caches);
+        }
       }
-      for (const WinogradRun* r = run; r != last; ++r)
-        weight += r->rows * inputs * vectors * kLanes;
+      add_counts<vectors>(counts, row.totals, to, pixels, channels, pixel_step, channel_step);
     }
-    Counts<vectors> counts;
-    bool done = false;
-    if constexpr (__is_same(T, float)) {
-      if (channels >= vectors * kLanes && channel_step == 1) {
-        take_outputs<vectors, true>(sums, bias, pixels, to, pixel_step, job.past_caches, counts);
-        done = true;
-      }
-    }
-    if (!done) {
-      take_outputs<vectors, false>(sums, bias, pixels, row.stage, vectors * kLanes, false, counts);
-      counts = finish<T, vectors>(row.stage, pixels);
-      if (channel_step == 1) {
-        store_pixels<T, vectors>(row.stage, pixels, channels, to, pixel_step);
-      } else {
-        store_planes<T, vectors>(row.stage, pixels, channels, to, channel_step, job.past_caches);
-      }
-    }
-    add_counts<vectors>(counts, row.totals, to, pixels, channels, pixel_step, channel_step);
   }
 }
 
 template <class T, int vectors = kMaxVectors>
-void run_vectors(const ConvBiasReluJob& job, const RowBlock& row, float* sums) {
+void run_vectors(const ConvBiasReluJob& job, const RowBlock& row, float* sums, float* lines) {
   if constexpr (vectors > 1) {
-    if (row.vectors < vectors) return run_vectors<T, vectors - 1>(job, row, sums);
+    if (row.vectors < vectors) return run_vectors<T, vectors - 1>(job, row, sums, lines);
   }
-  run_row<T, vectors>(job, row, sums);
+  run_row<T, vectors>(job, row, sums, lines);
 }
 
 template <class T>
 void run_items(const ConvBiasReluJob& job, int64_t first, int64_t last, const Scratch& scratch) {
   const WinogradPlan& plan = *job.winograd;
   float* const sums = scratch.floats + scratch_floats(job) - plan.scratch_floats;
-  float* const line = sums + kWinogradSumFloats;
-  float* const spread = line + plan.line_floats;
+  float* const lines = sums + kWinogradSumFloats;
+  float* const line = lines + plan.first_line[kWinogradRowSlots] * plan.line_floats();
+  float* const spread = line + plan.input_floats;
   for (int64_t i = 0; i < plan.scratch_floats; ++i) sums[i] = 0.0f;
   const auto fill = [&](int64_t n, int64_t row, float* out) {
     fill_line(job, n, row, line);
@@ -304,8 +397,8 @@ void run_items(const ConvBiasReluJob& job, int64_t first, int64_t last, const Sc
       out += piece.points * plan.point_floats;
     }
   };
-  const auto run_block = [&](const RowBlock& row) { run_vectors<T>(job, row, sums); };
-  run_rows(job, first, last, scratch, fill, run_block);
+  const auto run_block = [&](const RowBlock& row) { run_vectors<T>(job, row, sums, lines); };
+  run_rows(job, first, last, scratch, fill, run_block, kWinogradRows);
   if (job.past_caches) finish_past_caches();
 }
 
