@@ -129,17 +129,16 @@ void transform_piece(const ConvBiasReluJob& job, const WinogradPiece& piece, con
 void transform_lines(const WinogradPlan& plan, const RowBlock& row, float* out) {
   const int64_t count = plan.first_line[row_slots(row)], floats = plan.point_floats;
   const int64_t all = plan.first_line[kWinogradRowSlots];
-  for (int64_t i = 0; i < count; ++i) {
-    const WinogradLine& line = plan.lines[i];
-    const float *from = row.lines[line.line], *other = row.lines[line.other];
-    const Vector factor = broadcast(line.factor);
-    for (int64_t p = 0; p < plan.points; ++p) {
+  for (int64_t p = 0; p < plan.points; ++p) {
+    for (int64_t i = 0; i < count; ++i) {
+      const WinogradLine& line = plan.lines[i];
+      const float* const from = row.lines[line.line] + p * floats;
+      const float* const other = row.lines[line.other] + p * floats;
       float* const to = out + (p * all + i) * floats;
+      const Vector factor = broadcast(line.factor);
       for (int64_t at = 0; at < floats; at += kLanes) {
         store(to + at, multiply_add(factor, load(other + at), load(from + at)));
       }
-      from += floats;
-      other += floats;
     }
   }
 }
@@ -346,19 +345,15 @@ void run_row(const ConvBiasReluJob& job, const RowBlock& row, float* sums, float
     for (int64_t r = 0; r < row.rows; ++r) {
       T* const to = out + r * args.output_strides[2];
       const float* const of_row = sums + r * kRowFloats;
+      constexpr bool is_float = __is_same(T, float);
       Counts<vectors> counts;
-      bool done = false;
-      if constexpr (__is_same(T, float)) {
-        if (channels >= vectors * kLanes && channel_step == 1) {
-          take_outputs<vectors, true>(of_row, bias, pixels, to, pixel_step, job.past_caches,
-                                      counts);
-          done = true;
-        }
-      }
-      if (!done) {
-        take_outputs<vectors, false>(of_row, bias, pixels, row.stage, vectors * kLanes, false,
-                                     counts);
-        counts = finish<T, vectors>(row.stage, pixels);
+      if (is_float && channels >= vectors * kLanes && channel_step == 1) {
+        take_outputs<vectors, true>(of_row, bias, pixels, reinterpret_cast<float*>(to), pixel_step,
+                                    job.past_caches, counts);
+      } else {
+        take_outputs<vectors, is_float>(of_row, bias, pixels, row.stage, vectors * kLanes, false,
+                                        counts);
+        if constexpr (!is_float) counts = finish<T, vectors>(row.stage, pixels);
         if (channel_step == 1) {
           store_pixels<T, vectors>(row.stage, pixels, channels, to, pixel_step);
         } else {
