@@ -204,6 +204,8 @@ def resolve_output_format(
 
 
 def _pair(name: str, value: object) -> list[int]:
+    if type(value) is int:  # what it mostly is
+        return [value, value]
     if isinstance(value, Sequence) and not isinstance(value, str):
         given = list(value)
     else:
