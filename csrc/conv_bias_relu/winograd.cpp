@@ -165,9 +165,12 @@ void Winograd::put_sizes(const ConvBiasReluArgs& args) {
   plan.points = static_cast<int64_t>(column_factors.size());
   plan.point_floats = round_up(plan.tiles * channels, 16);
   plan.input_floats = round_up(line_pixels * channels + kBeyond, 16);
-  plan.scratch_floats = kWinogradSumFloats +
-                        static_cast<int64_t>(lines.size()) * plan.line_floats() +
-                        plan.input_floats + plan.residues * plan.residue_floats;
+}
+
+void Winograd::hold_rows(int64_t rows) {
+  plan.groups = (rows + kWinogradRows - 1) / kWinogradRows;
+  plan.scratch_floats = kWinogradSumFloats + plan.groups * plan.group_floats() + plan.input_floats +
+                        plan.residues * plan.residue_floats;
 }
 
 void Winograd::put_runs(int64_t channels) {

@@ -111,9 +111,11 @@ struct WinogradPlan {
   int64_t point_floats;        // in a line, from a point to the next
   int64_t weights_per_output;  // lines of all runs times input channels
   int64_t input_floats;        // of a row of input before that, as float32
+  int64_t groups;              // of rows that share lines, held at a time
   int64_t scratch_floats;      // sums, lines, such a row, and the row spread over its residues
 
   int64_t line_floats() const { return points * point_floats; }
+  int64_t group_floats() const { return first_line[kWinogradRowSlots] * line_floats(); }
 };
 
 // Tiles whose sums are held at a time, for up to 64 output channels.

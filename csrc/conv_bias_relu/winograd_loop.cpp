@@ -335,7 +335,9 @@ void run_row(const ConvBiasReluJob& job, const RowBlock& row, float* sums, float
   const int64_t channel_step = args.output_strides[1];
   const int64_t channels = args.output_sizes[1] - row.channel;
   const float* const bias = job.bias + row.channel;
-  transform_lines(plan, row, lines);
+  // Of the rows that are held at once, each block of channels sees the same lines.
+  lines += row.first_row % job.rows_at_once / kWinogradRows * plan.group_floats();
+  if (row.channel == 0) transform_lines(plan, row, lines);
   for (int64_t first = 0; first < plan.tiles; first += kWinogradTiles) {
     const int64_t left = plan.tiles - first, tiles = left < kWinogradTiles ? left : kWinogradTiles;
     const int64_t begin = first * kWinogradOutputs, end = begin + tiles * kWinogradOutputs;
@@ -378,7 +380,7 @@ void run_items(const ConvBiasReluJob& job, int64_t first, int64_t last, const Sc
   const WinogradPlan& plan = *job.winograd;
   float* const sums = scratch.floats + scratch_floats(job) - plan.scratch_floats;
   float* const lines = sums + kWinogradSumFloats;
-  float* const line = lines + plan.first_line[kWinogradRowSlots] * plan.line_floats();
+  float* const line = lines + plan.groups * plan.group_floats();
   float* const spread = line + plan.input_floats;
   for (int64_t i = 0; i < plan.scratch_floats; ++i) sums[i] = 0.0f;
   const auto fill = [&](int64_t n, int64_t row, float* out) {

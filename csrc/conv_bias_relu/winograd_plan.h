@@ -24,6 +24,8 @@ struct Winograd {
   Winograd(const Winograd&) = delete;
   Winograd& operator=(const Winograd&) = delete;
 
+  // For so many output rows at a time.
+  void hold_rows(int64_t rows);
   // [block][run][line][input channel][channel of the block]; zeros for a dead channel.
   void pack_weight(const ConvBiasReluArgs& args, const ChannelBlocks& blocks,
                    const std::vector<bool>& dead, float* packed) const;
