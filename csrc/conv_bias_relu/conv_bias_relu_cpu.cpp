@@ -270,10 +270,11 @@ int32_t conv_bias_relu_cpu(const ConvBiasReluArgs& args, ParallelFor parallel_fo
   const int64_t padded = vectors * loops.lanes;
   const int64_t weight_floats = weights_per_output * padded;
   job.rows_at_once = weight_floats <= kCachedWeightFloats ? 1 : kItemRows;
-  // Its weights are many, but a single block of them is all read for each pair of rows anyway.
-  if (winograd.has_value() && job.blocks.count == 1) job.rows_at_once = 1;
+  // A single block of weights is all read for each pair of rows anyway, however many they are.
+  if (winograd.has_value() && (job.rows_at_once == 1 || job.blocks.count == 1)) {
+    job.rows_at_once = kWinogradRows;
+  }
   job.rows_at_once = std::max(job.rows_at_once, job.rows_staged);
-  if (winograd.has_value()) job.rows_at_once = std::max(job.rows_at_once, int64_t{kWinogradRows});
   if (job.rows_at_once > height) job.rows_at_once = height;
   if (digits.has_value()) job.rows_at_once = digits->rows_at_once;
   if (winograd.has_value()) winograd->hold_rows(job.rows_at_once);

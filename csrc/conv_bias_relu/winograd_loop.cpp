@@ -298,7 +298,7 @@ void sum_points(const ConvBiasReluJob& job, const RowBlock& row, int64_t first, 
   const int64_t channels = args.output_sizes[1] - row.channel;
   const int64_t wanted = channels < vectors * kLanes ? channels : vectors * kLanes;
   const WinogradPlan& plan = *job.winograd;
-  const int64_t inputs = job.args.input_sizes[1];
+  const int64_t inputs = args.input_sizes[1];
   const float* weight = job.weight + row.channel * plan.weights_per_output;
   for (int slot = 0; slot < kWinogradSlots; ++slot) {
     const int64_t* const runs = plan.first_run + slot * kWinogradRowSlots;

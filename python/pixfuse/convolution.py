@@ -54,8 +54,8 @@ def conv_bias_relu(
 
     Bytes under large kernels (``kH * C`` of 20 or more, ``kH * kW * C`` of 100 or more, and ``kW``
     of twice the stride or more, as in the first layers of ResNet and AlexNet) are summed up on the
-    CPU by Winograd's algorithm where an image has 65536 outputs or more, with a third of the
-    multiplications. The error is then relative to the largest magnitudes under the neighbouring
+    CPU by Winograd's algorithm where an image has 65536 outputs or more, with about a third of
+    the multiplications. The error is then relative to the largest magnitudes under the neighbouring
     outputs, 3 to each side and 1 above and below, not under an output alone, and the last bits are
     not those of normalized floats. A channel that no image can bring above 0 is 0 still.
 
