@@ -23,7 +23,7 @@ from pixfuse import _library
 from pixfuse._convolution_autograd import _SLICE_BYTES
 from tests.bits import assert_same_bits
 from tests.images import LAYOUTS, random_bytes
-from tests.isas import FOR_CONVOLUTIONS, OF_BITS, OF_BYTES
+from tests.isas import FOR_CONVOLUTIONS, IN_PAIRS, OF_BITS, OF_BYTES
 from tests.normalizations import ROUNDINGS, made_up
 
 # Of torch's own convolution.
@@ -763,7 +763,7 @@ def test_padding_that_is_left_out(
     channels: int, memory_format: torch.memory_format, isa: str
 ) -> None:
     """The same bits as of an input with zeros around it, wherever a tile begins and ends."""
-    if channels > 4 and isa not in ("avx512", *OF_BYTES):
+    if channels > 4 and isa not in ("avx512", *OF_BYTES, *OF_BITS):
         pytest.skip("torch's work")
     for kernel, padding in (
         ((3, 3), (1, 1)),
@@ -902,12 +902,15 @@ def is_in_points(case: Case) -> bool:
     )
 
 
+IN_DIGITS = (*OF_BYTES, *IN_PAIRS)
+
+
 def is_in_digits(case: Case, isa: str) -> bool:
     """What is summed up in whole numbers: in vectors, what Winograd's algorithm is not for."""
     taps = case.channels * math.prod(case.kernel)
-    if case.channels > 3 or isa not in OF_BYTES:
+    if case.channels > 3 or isa not in IN_DIGITS:
         return False
-    return taps >= 48 if isa == "amx" else taps >= 64 and not is_in_points(case)
+    return taps >= (64 if isa == "vnni" else 48) and (isa == "amx" or not is_in_points(case))
 
 
 def test_who_goes_another_way(isa: str) -> None:
@@ -1140,7 +1143,7 @@ def test_negated_weights_of_winograd(isa: str) -> None:
 # --- whole numbers ---
 
 in_digits = pytest.mark.parametrize(
-    "isa", [isa for isa in FOR_CONVOLUTIONS if isa in OF_BYTES], indirect=True
+    "isa", [isa for isa in FOR_CONVOLUTIONS if isa in IN_DIGITS], indirect=True
 )
 
 # As ResNet's, but a stride that leaves Winograd's algorithm nothing to save.
@@ -1189,7 +1192,7 @@ def test_digits(isa: str) -> None:
 
 @in_digits
 def test_digits_of_every_width(isa: str) -> None:
-    """Pixels of some rows come in tiles of 16, two at a time, or 8 at a time."""
+    """Pixels of some rows come in tiles of 16, two at a time, or 8, 5 or 3 at a time."""
     for columns in (*range(1, 19), 31, 32, 33, 34, 47, 48, 49, 65):
         for kernel, stride, padding, outputs in ((7, 2, 3, 64), (16, 16, 0, 40), (11, 4, 2, 17)):
             width = (columns - 1) * stride + kernel - 2 * padding
@@ -1240,6 +1243,29 @@ def test_a_bias_larger_than_all_the_rest_is_rounded_with_once(isa: str) -> None:
         )
         step = torch.from_numpy(np.spacing(exact.float().numpy())).double()
         assert ((ours.double() - exact).abs() / step).max() < 0.9
+
+
+@in_digits
+@pytest.mark.parametrize("side", [16, 36, 37])  # pairs are for up to 4096 taps
+def test_the_largest_sums_in_digits(isa: str, side: int) -> None:
+    """Of weights that are all as large as they can be, with what brings most of them together."""
+    case = Case(3, 33, (side, side), 1, 0, images=1, size=(side + 1, side + 2))
+    signs = torch.ones(case.outputs, 3, side, side)
+    signs[::2, :, :, ::2] = -1
+    signs[::3] *= -1
+    noise = torch.rand_like(signs) * (torch.arange(case.outputs) % 4 == 3)[:, None, None, None]
+    weight = (0.3 - 0.2 * noise) * signs
+    columns = (torch.arange(side + 2) % 2 * 255).to(torch.uint8)
+    pictures = (columns, 255 - columns, torch.full_like(columns, 255), torch.zeros_like(columns))
+    for picture, normalization in itertools.product(
+        pictures, (pixfuse.UNIT, pixfuse.SIGNED, pixfuse.IMAGENET)
+    ):
+        images = picture.expand(1, 3, side + 1, side + 2).contiguous()
+        truth = Truth(pixfuse.normalize(images, normalization), weight, None, case.options())
+        ours, activity = pixfuse.conv_bias_relu(
+            images, weight, None, *case.options(), normalization=normalization
+        )
+        check_values(ours, activity, truth)
 
 
 @in_digits

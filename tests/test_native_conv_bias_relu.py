@@ -29,6 +29,7 @@ CONV_BIAS_RELU = Program(
     ),
     cases=400,
     of_bytes=("conv_bias_relu/digits_loop.cpp",),
+    otherwise=("gfni",),
 )
 
 
@@ -54,9 +55,15 @@ PLANTED = [
     ("sanitized vnni", "short_output", "AddressSanitizer"),
     ("sanitized vnni", "wrong_value", "expected"),
     ("sanitized vnni", "wrong_count", "counted"),
+    ("sanitized gfni", "short_output", "AddressSanitizer"),
+    ("sanitized gfni", "wrong_value", "expected"),
+    ("sanitized gfni", "wrong_count", "counted"),
     ("plain vnni", "short_input", None),
     ("plain vnni", "short_output", None),
     ("plain vnni", "wrong_value", "expected"),
+    ("plain gfni", "short_input", None),
+    ("plain gfni", "short_output", None),
+    ("plain gfni", "wrong_value", "expected"),
     ("thread amx", "race", "data race"),
     ("plain amx", "short_input", None),
     ("plain amx", "short_output", None),

@@ -100,6 +100,16 @@ bool isa_available(Isa isa) {
   }
 }
 
+bool adds_beside_multiplying() {
+#if defined(PIXFUSE_ADDS_BESIDE_MULTIPLYING)
+  return true;
+#elif defined(__x86_64__)
+  return __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
+}
+
 Isa active_isa() { return active().load(std::memory_order_relaxed); }
 
 Isa common_isa() {

@@ -35,21 +35,31 @@ Bounds::Bounds(const ConvBiasReluArgs& args, SumWeights sum_weights)
     : args(args), padded(reaches_beyond_the_image(args)) {
   const int64_t channels = args.input_sizes[1], rows = args.kernel[0], columns = args.kernel[1];
   const int64_t* strides = args.weight_strides;
-  const bool side_by_side = strides[3] == 1 && strides[2] == columns;
-  std::vector<float> plane(static_cast<size_t>(side_by_side ? 0 : rows * columns));
-  sums.reserve(static_cast<size_t>(args.output_sizes[1] * channels));
+  const int64_t taps = rows * columns;
+  // All of an output channel, or of one and an input channel.
+  const bool interleaved = strides[1] == 1 && strides[3] == channels;
+  const bool planes = strides[3] == 1;
+  const bool side_by_side = (interleaved || planes) && strides[2] == columns * strides[3];
+  std::vector<float> copied(static_cast<size_t>(side_by_side ? 0 : taps));
+  sums.resize(static_cast<size_t>(args.output_sizes[1] * channels));
   for (int64_t o = 0; o < args.output_sizes[1]; ++o) {
+    const float* const weights = args.weight + o * strides[0];
+    WeightSums* const own = sums.data() + o * channels;
+    if (side_by_side && interleaved) {
+      sum_weights(weights, taps * channels, channels, own);
+      continue;
+    }
     for (int64_t c = 0; c < channels; ++c) {
-      const float* weights = args.weight + o * strides[0] + c * strides[1];
+      const float* plane = weights + c * strides[1];
       if (!side_by_side) {
         for (int64_t ky = 0; ky < rows; ++ky) {
           for (int64_t kx = 0; kx < columns; ++kx) {
-            plane[ky * columns + kx] = weights[ky * strides[2] + kx * strides[3]];
+            copied[ky * columns + kx] = plane[ky * strides[2] + kx * strides[3]];
           }
         }
-        weights = plane.data();
+        plane = copied.data();
       }
-      sums.push_back(sum_weights(weights, rows * columns));
+      sum_weights(plane, taps, 1, own + c);
     }
   }
   // Each step of the normalization keeps the order of what it is given, or turns it.

@@ -11,7 +11,8 @@ namespace pixfuse {
 class Bounds {
  public:
   // Of bytes with at most kMaxDirectChannels channels. `sum_weights`: that of the instruction set.
-  using SumWeights = WeightSums (*)(const float* weights, int64_t count);
+  using SumWeights = void (*)(const float* weights, int64_t count, int64_t channels,
+                              WeightSums* sums);
   Bounds(const ConvBiasReluArgs& args, SumWeights sum_weights);
 
   // Whether the kernel reaches beyond the image.

@@ -37,10 +37,10 @@ struct Loops {
   void (*convolve)(const ConvBiasReluJob&, int64_t first, int64_t last, const Scratch&);
   void (*winograd)(const ConvBiasReluJob&, int64_t first, int64_t last, const Scratch&);
   void (*relu_count)(const ReluCountJob&, int64_t first, int64_t last);
-  // Where bytes are multiplied, else null; in tiles, or in vectors.
+  // Where bytes are multiplied, else null.
   void (*digits)(const ConvBiasReluJob&, int64_t first, int64_t last, const Scratch&) = nullptr;
   Digits::PackVector pack_digits = nullptr;
-  bool in_tiles = false;
+  DigitsIn digits_in = DigitsIn::vectors;
 };
 
 Loops loops_for(Isa isa) {
@@ -52,18 +52,22 @@ Loops loops_for(Isa isa) {
     case Isa::avx512:
       return {avx512::vector_lanes(),      avx512::max_vectors(), avx512::sum_weights,
               avx512::conv_bias_relu_loop, avx512::winograd_loop, avx512::relu_count_loop};
-    case Isa::vnni:
-    case Isa::gfni: {
+    case Isa::vnni: {
       Loops loops = loops_for(Isa::avx512);
       loops.digits = vnni::digits_loop;
       loops.pack_digits = vnni::pack_digits;
+      return loops;
+    }
+    case Isa::gfni: {
+      Loops loops = loops_for(Isa::vnni);
+      if (adds_beside_multiplying()) loops.digits_in = DigitsIn::pairs;
       return loops;
     }
     case Isa::amx: {
       Loops loops = loops_for(Isa::avx512);
       loops.digits = amx::digits_loop;
       loops.pack_digits = amx::pack_digits;
-      loops.in_tiles = true;
+      loops.digits_in = DigitsIn::tiles;
       return loops;
     }
 #elif defined(__aarch64__)
@@ -220,10 +224,10 @@ int32_t conv_bias_relu_cpu(const ConvBiasReluArgs& args, ParallelFor parallel_fo
   if (args.input_type == ElementType::uint8) {
     bounds.emplace(args, loops.sum_weights);
     const bool in_points = winograd_suits(args, *bounds);
-    // Half the multiplications are fewer than vectors save by multiplying bytes, but not tiles.
-    if (loops.digits != nullptr && digits_suit(args, *bounds, loops.in_tiles) &&
-        (loops.in_tiles || !in_points)) {
-      digits.emplace(args, *bounds, vectors * loops.lanes, loops.in_tiles);
+    // It has fewer multiplications than vectors save by multiplying bytes, but not tiles.
+    if (loops.digits != nullptr && digits_suit(args, *bounds, loops.digits_in) &&
+        (loops.digits_in == DigitsIn::tiles || !in_points)) {
+      digits.emplace(args, *bounds, vectors * loops.lanes, loops.digits_in);
     } else if (in_points) {
       winograd.emplace(args);
     }
@@ -232,7 +236,8 @@ int32_t conv_bias_relu_cpu(const ConvBiasReluArgs& args, ParallelFor parallel_fo
   const bool direct = !digits.has_value() && !winograd.has_value();
   const std::vector<bool> dead =
       direct ? std::vector<bool>(static_cast<size_t>(outputs)) : bounds->dead_channels();
-  const int64_t most = loops.max_vectors;
+  const int64_t most =
+      digits.has_value() && digits->plan.in_pairs ? kPairsVectors : loops.max_vectors;
   job.blocks = {loops.lanes, vectors, (vectors + most - 1) / most};
   if (digits.has_value()) digits->choose_rows(args, job.blocks.count > 1);
   job.planes = direct && args.output_strides[1] != 1 && args.output_type == ElementType::float32;

@@ -110,12 +110,14 @@ struct WeightSums {
   double sum() const { return positive + negative; }
 };
 
-// max_vectors: how many vectors of output channels one pass over the input computes at most. The
-// loops do the items [first, last); those of a convolution are counted along an image, then images.
+// max_vectors: how many vectors of output channels one pass over the input computes at most.
+// sum_weights: of up to kMaxDirectChannels channels that lie side by side, `count` weights in all;
+// sums[channel]. The loops do the items [first, last); those of a convolution are counted along an
+// image, then images.
 namespace portable {
 int64_t vector_lanes();
 int64_t max_vectors();
-WeightSums sum_weights(const float* weights, int64_t count);
+void sum_weights(const float* weights, int64_t count, int64_t channels, WeightSums* sums);
 void conv_bias_relu_loop(const ConvBiasReluJob& job, int64_t first, int64_t last,
                          const Scratch& scratch);
 void winograd_loop(const ConvBiasReluJob& job, int64_t first, int64_t last, const Scratch& scratch);
@@ -124,7 +126,7 @@ void relu_count_loop(const ReluCountJob& job, int64_t first, int64_t last);
 namespace avx2 {
 int64_t vector_lanes();
 int64_t max_vectors();
-WeightSums sum_weights(const float* weights, int64_t count);
+void sum_weights(const float* weights, int64_t count, int64_t channels, WeightSums* sums);
 void conv_bias_relu_loop(const ConvBiasReluJob& job, int64_t first, int64_t last,
                          const Scratch& scratch);
 void winograd_loop(const ConvBiasReluJob& job, int64_t first, int64_t last, const Scratch& scratch);
@@ -133,7 +135,7 @@ void relu_count_loop(const ReluCountJob& job, int64_t first, int64_t last);
 namespace avx512 {
 int64_t vector_lanes();
 int64_t max_vectors();
-WeightSums sum_weights(const float* weights, int64_t count);
+void sum_weights(const float* weights, int64_t count, int64_t channels, WeightSums* sums);
 void conv_bias_relu_loop(const ConvBiasReluJob& job, int64_t first, int64_t last,
                          const Scratch& scratch);
 void winograd_loop(const ConvBiasReluJob& job, int64_t first, int64_t last, const Scratch& scratch);
@@ -152,7 +154,7 @@ void pack_digits(const DigitsPlan& plan, const DigitsWeights& from, int8_t* pack
 namespace neon {
 int64_t vector_lanes();
 int64_t max_vectors();
-WeightSums sum_weights(const float* weights, int64_t count);
+void sum_weights(const float* weights, int64_t count, int64_t channels, WeightSums* sums);
 void conv_bias_relu_loop(const ConvBiasReluJob& job, int64_t first, int64_t last,
                          const Scratch& scratch);
 void winograd_loop(const ConvBiasReluJob& job, int64_t first, int64_t last, const Scratch& scratch);

@@ -15,11 +15,15 @@ constexpr int64_t kChannels = kMostPixelBytes;
 
 // The largest number of three digits that has a negative, too.
 constexpr double kMostSteps = 127 * 65536 + 127 * 256 + 127;
+// In pairs: the largest of which the word stays one with a byte added, and the number of pixels and
+// channels for which words leave the sums room.
+constexpr double kMostPairedSteps = (32767 - 255) * 256 + 127;
+constexpr int64_t kMostPairedTaps = 4096;
 // The smallest weight, times the scale, whose steps are floats with all their bits.
 constexpr double kLeast = 0x1p-90;
 // Fewer multiplications are not what a call takes its time for: then the direct way is as fast, or
-// faster, since it has less to do for each output. Vectors save less of them than tiles.
-constexpr int64_t kLeastTapsOfTiles = 48, kLeastTapsOfVectors = 64;
+// faster, since it has less to do for each output. By digits, vectors save the least of them.
+constexpr int64_t kLeastTaps = 48, kLeastTapsOfVectors = 64;
 // Pixels of a kernel whose products fit an int32.
 constexpr int64_t kMostPixels = 1 << 14;
 static_assert(int64_t{255} * 128 * kMostPixelBytes * kMostPixels <= INT32_MAX);
@@ -86,10 +90,26 @@ std::vector<double> offsets_of(const ConvBiasReluArgs& args, int64_t output,
   return offsets;
 }
 
+WeightRuns runs_of(const int32_t* offsets) {
+  WeightRuns runs{};
+  int count = 0;
+  for (int i = 0; i < kVector; ++i) {
+    const auto offset_in = [&](int run) { return offsets[i] - runs.starts[run]; };
+    int run = 0;
+    while (run < count && !(offset_in(run) >= 0 && offset_in(run) < 8)) ++run;
+    if (run == 3) return runs;
+    if (run == count) runs.starts[count++] = offsets[i];
+    runs.order[i] = run * 8 + offset_in(run);
+    runs.used[run] = static_cast<uint8_t>(runs.used[run] | 1 << offset_in(run));
+  }
+  runs.are_all = true;
+  return runs;
+}
+
 }  // namespace
 
-bool digits_suit(const ConvBiasReluArgs& args, const Bounds& bounds, bool in_tiles) {
-  const int64_t least = in_tiles ? kLeastTapsOfTiles : kLeastTapsOfVectors;
+bool digits_suit(const ConvBiasReluArgs& args, const Bounds& bounds, DigitsIn digits_in) {
+  const int64_t least = digits_in == DigitsIn::vectors ? kLeastTapsOfVectors : kLeastTaps;
   const int64_t pixels = args.kernel[0] * args.kernel[1];
   if (args.input_sizes[1] > kChannels || pixels * args.input_sizes[1] < least ||
       pixels > kMostPixels || !bounds.are_kept() || !bounds.are_dense()) {
@@ -118,9 +138,13 @@ bool digits_suit(const ConvBiasReluArgs& args, const Bounds& bounds, bool in_til
 }
 
 Digits::Digits(const ConvBiasReluArgs& args, const Bounds& bounds, int64_t padded_outputs,
-               bool in_tiles)
+               DigitsIn digits_in)
     : step(static_cast<size_t>(padded_outputs), 1.0f), starts(step.size() * kDigits) {
+  const int64_t taps = args.kernel[0] * args.kernel[1] * args.input_sizes[1];
+  const bool in_tiles = digits_in == DigitsIn::tiles;
   plan.is_signed = !black_is_zero(args);
+  plan.in_pairs = digits_in == DigitsIn::pairs && taps <= kMostPairedTaps;
+  plan.group_pixels = in_tiles ? kTilesPixels : plan.in_pairs ? kPairsPixels : kVectorsPixels;
   const auto steps = [&](int64_t row) {
     return (args.kernel[0] * row + kStepBytes - 1) / kStepBytes;
   };
@@ -162,9 +186,11 @@ void Digits::choose_rows(const ConvBiasReluArgs& args, bool in_blocks) {
     rows_at_once /= 2;
   }
   plan.is_gathered_once = in_blocks && patches_fit();
-  const int64_t pixels = plan.is_gathered_once ? rows_at_once * width : kDigitsPixels;
-  const int64_t whole_tiles = (pixels + kVector - 1) / kVector * kVector;
-  plan.scratch_floats = kDigitsSumFloats + whole_tiles * plan.patch_bytes() / 4;
+  const int64_t pixels = plan.is_gathered_once ? rows_at_once * width : plan.group_pixels;
+  plan.held_pixels = (pixels + kVector - 1) / kVector * kVector;
+  const int64_t patch_floats = plan.held_pixels * plan.patch_bytes() / 4;
+  plan.scratch_floats =
+      plan.in_pairs ? kPairsSums + 3 * patch_floats + plan.held_pixels : kTilesSums + patch_floats;
 }
 
 // `offsets`: those of the whole kernel.
@@ -207,16 +233,22 @@ void Digits::pack_weight(const ConvBiasReluArgs& args, const Bounds& bounds,
   Line lines[kChannels];
   for (int64_t c = 0; c < channels; ++c) lines[c] = line_of(args, c, plan.is_signed ? 128.0 : 0.0);
   const int64_t* const strides = args.weight_strides;
+  // Steps of all weights whose words, times the largest byte, add up to 32 bits: a word has a half
+  // more than its share of them, and a weight a half more than that.
+  const double most_paired = 256.0 * (0x1p31 / (plan.is_signed ? 128.0 : 255.0) - kMostPairedTaps);
   for (int64_t o = 0; o < outputs; ++o) {
     const WeightSums* const sums = bounds.sums_of(o);
-    double offsets = 0.0, most = 0.0;
+    double offsets = 0.0, most = 0.0, total = 0.0;
     for (int64_t c = 0; c < channels; ++c) {
       offsets += sums[c].sum() * lines[c].offset;
       most = std::max(most, sums[c].largest * lines[c].scale);
+      total += (sums[c].positive - sums[c].negative) * lines[c].scale;
     }
     if (!dead[o]) put_biases(args, o, lines, offsets);
     if (most > 0.0) {
-      step[o] = std::nextafter(static_cast<float>(most / kMostSteps), HUGE_VALF);
+      const double least = plan.in_pairs ? std::max(most / kMostPairedSteps, total / most_paired)
+                                         : most / kMostSteps;
+      step[o] = std::nextafter(static_cast<float>(least), HUGE_VALF);
     }
   }
   std::vector<int32_t> offsets(static_cast<size_t>(plan.patch_bytes()));
@@ -230,6 +262,8 @@ void Digits::pack_weight(const ConvBiasReluArgs& args, const Bounds& bounds,
       }
     }
   }
+  std::vector<WeightRuns> runs;
+  for (size_t at = 0; at < offsets.size(); at += kVector) runs.push_back(runs_of(&offsets[at]));
   for (int64_t first = 0; first < outputs; first += kVector) {
     const int64_t count = std::min(kVector, outputs - first);
     double per_step[kVector] = {};
@@ -239,7 +273,8 @@ void Digits::pack_weight(const ConvBiasReluArgs& args, const Bounds& bounds,
                                 count,
                                 per_step,
                                 offsets.data(),
-                                scales.data()};
+                                scales.data(),
+                                runs.data()};
     pack_vector(plan, weights, packed + first * plan.weight_bytes_per_output(),
                 &starts[static_cast<size_t>(first * kDigits)]);
   }

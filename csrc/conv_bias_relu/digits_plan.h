@@ -6,10 +6,14 @@
 
 namespace pixfuse {
 
+// What multiplies the bytes: vectors, vectors that add beside multiplying, or tiles. Of a few
+// thousand pixels in a kernel pairs leave the sums no room: those are computed by digits.
+enum class DigitsIn { vectors, pairs, tiles };
+
 // Whether it is as good as torch's: for bytes of up to three channels, as what normalizes them
 // bounds them, and for finite weights that are not mostly zeros, and not so small that their steps
 // have no float. It does not depend on the number of images: a batch has the bits of its images.
-bool digits_suit(const ConvBiasReluArgs& args, const Bounds& bounds, bool in_tiles);
+bool digits_suit(const ConvBiasReluArgs& args, const Bounds& bounds, DigitsIn digits_in);
 
 struct Digits {
   // normalized(x) = scale * (x - z) + offset.
@@ -29,8 +33,8 @@ struct Digits {
   std::vector<int64_t> row_bias, column_bias;  // of each output row, and of each output column
   std::vector<float> bias;  // [part of the kernel][padded outputs], with the offsets
 
-  // `in_tiles`: what multiplies takes signed bytes too, but only whole steps.
-  Digits(const ConvBiasReluArgs& args, const Bounds& bounds, int64_t padded_outputs, bool in_tiles);
+  Digits(const ConvBiasReluArgs& args, const Bounds& bounds, int64_t padded_outputs,
+         DigitsIn digits_in);
   Digits(const Digits&) = delete;
   Digits& operator=(const Digits&) = delete;
 

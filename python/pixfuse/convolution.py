@@ -60,12 +60,14 @@ def conv_bias_relu(
     not those of normalized floats. A channel that no image can bring above 0 is 0 still.
 
     Where the processor multiplies bytes (``pixfuse.info()["isa"]`` is ``"amx"``, ``"gfni"`` or
-    ``"vnni"``), bytes of up to 3 channels are summed up in whole numbers: with ``"amx"`` under
-    kernels of ``kH * kW * C`` of 48 or more, with the others of 64 or more where Winograd's
-    algorithm does not apply. Each weight is taken in steps of 2**-23 of the largest of its output
-    channel, and the sum is exact, in any order. The error is no larger than that of torch's own
-    sums in float32 for many weights, and at most twice that for few; the last bits are not those of
-    normalized floats. ``PIXFUSE_ISA=avx512`` turns it off.
+    ``"vnni"``), bytes of up to 3 channels are summed up in whole numbers: under kernels of
+    ``kH * kW * C`` of 48 or more (64 with ``"vnni"``, and with ``"gfni"`` on Intel's processors),
+    and but with ``"amx"`` only where Winograd's algorithm does not apply. Each weight is taken in
+    steps of 2**-23 of the largest of its output channel, with ``"gfni"`` on AMD's processors of
+    2**-31 of the sum of their magnitudes if that is more, and the sum is exact, in any order. The
+    error is no larger than that of torch's own sums in float32 for many weights, and at most twice
+    that for few; the last bits are not those of normalized floats. ``PIXFUSE_ISA=avx512`` turns it
+    off.
 
     Both are for weights that are not mostly zeros: where an output channel has more of these than
     of others, though not only these, all are summed up directly. Torch is the more accurate the

@@ -365,4 +365,6 @@ bool run_all(Isa, int64_t& cases) {
 
 }  // namespace
 
-int main(int argc, char** argv) { return run_program(argc, argv, run_all, {Isa::vnni, Isa::amx}); }
+int main(int argc, char** argv) {
+  return run_program(argc, argv, run_all, {Isa::vnni, Isa::gfni, Isa::amx});
+}

@@ -41,6 +41,7 @@ class Program:
     cases: int  # that it runs for each instruction set, at least
     of_bytes: tuple[str, ...] = ()  # loops that only a machine has that multiplies bytes
     of_bits: tuple[str, ...] = ()  # and that counts bits
+    otherwise: tuple[str, ...] = ()  # instruction sets that use those of others another way
 
     def loops_for(self, isa: str) -> tuple[str, ...]:
         """None where those of another instruction set run."""
@@ -68,18 +69,20 @@ NOT_RUN = "not run"
 
 # The tiles of common/matrix_tiles.h as plain loops: sanitizers see them, and any machine has them.
 PLAIN_TILES = "-DPIXFUSE_PLAIN_TILES"
+# And what only processors of AMD do by themselves.
+FOR_ANY_MACHINE = (PLAIN_TILES, "-DPIXFUSE_ADDS_BESIDE_MULTIPLYING")
 
 BUILDS = {
     # Every step checked. What -O1 does beyond -Og doubles the time to compile so many checks.
     "sanitized": Build(
         (
             *("-Og", "-g1", "-fsanitize=undefined", "-fno-sanitize-recover=all"),
-            *(PLAIN_TILES, *ADDRESS_CHECKS),
+            *(*FOR_ANY_MACHINE, *ADDRESS_CHECKS),
         )
     ),
     # Threads share the same with every instruction set.
     "thread": Build(
-        ("-O1", "-g1", PLAIN_TILES, "-fsanitize=thread"),
+        ("-O1", "-g1", *FOR_ANY_MACHINE, "-fsanitize=thread"),
         checked=("portable", "amx"),
         # The thread sanitizer of gcc 12 cannot run at the addresses that newer kernels choose.
         runner=("setarch", "--addr-no-randomize"),
@@ -87,7 +90,7 @@ BUILDS = {
     ),
     # The loops as they are in the product, between forbidden pages.
     "plain": Build(
-        ("-O3", *(() if "amx" in available_isas() else (PLAIN_TILES,))), as_in_product=True
+        ("-O3", *(() if "amx" in available_isas() else FOR_ANY_MACHINE)), as_in_product=True
     ),
     "aarch64": Build(
         ("-O3", "-static"),
@@ -241,7 +244,9 @@ def assert_passes(program: Program, name: str) -> None:
     result = run(program, name)
     assert result.returncode == 0, result.stdout + result.stderr
     seen = {int(code): int(cases) for code, cases in re.findall(r"isa (\d+): (\d+)", result.stdout)}
-    available = {isa for isa in native_isas(name) if program.loops_for(isa)}
+    available = {
+        isa for isa in native_isas(name) if program.loops_for(isa) or isa in program.otherwise
+    }
     assert set(seen) == {ISA_CODES[isa] for isa in available}
     assert min(seen.values()) > program.cases
 
