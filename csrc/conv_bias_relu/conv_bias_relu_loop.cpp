@@ -31,25 +31,6 @@ constexpr int64_t kRowPixels = 8 * kTilePixels[kMaxVectors - 1];
 // How far ahead weights are asked for: those of many channels come from the second-level cache.
 constexpr int64_t kTapsAhead = 16;
 
-// Runs of memory that are asked for while the sums of a row of outputs are computed, some of them
-// for each tile and row of the kernel.
-struct Ahead {
-  uintptr_t next;
-  int64_t runs = 0, step = 0, bytes = 0;  // those left, from one to the next, and of each
-  int64_t runs_at_once = 0;
-
-  void share_out(int64_t times) { runs_at_once = (runs + times - 1) / times; }
-
-  template <int to_write>
-  void ask() {
-    const int64_t now = runs < runs_at_once ? runs : runs_at_once;
-    for (int64_t i = 0; i < now; ++i, next += static_cast<uintptr_t>(step)) {
-      read_ahead<to_write>(next, bytes);
-    }
-    runs -= now;
-  }
-};
-
 // A tile's place: the lines its kernel reads, at the tile's first pixel.
 struct Tile {
   const float* const* lines;  // [kernel rows]

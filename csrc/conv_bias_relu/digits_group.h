@@ -1,15 +1,17 @@
 // A few output pixels of the convolution by digits.h: what they see, and where they go.
 #pragma once
+#include "common/read_ahead.h"
 #include "conv_bias_relu/rows.h"
 #include "conv_bias_relu/stage.h"
 
 namespace pixfuse::PIXFUSE_ISA {
 namespace {
 
+// The last two in pairs only.
 struct Patches {
   uint8_t* bytes;     // [pixel][patch bytes]
-  uint8_t* words;     // in pairs: [pixel][step][even bytes, odd bytes][32 words]
-  int32_t* products;  // in pairs: [pixel], the sum of the products of two bytes
+  uint8_t* words;     // [pixel][quad]: its even bytes, and its odd ones, as words
+  int32_t* products;  // [pixel]: the sum of the products of each even byte and the odd one after it
 
   Patches from(const DigitsPlan& plan, int64_t pixel) const {
     const int64_t at = pixel * plan.patch_bytes();
@@ -56,20 +58,19 @@ class Outputs {
         totals{row.totals.active + vector * kLanes, row.totals.nan + vector * kLanes,
                row.totals.sum + vector * kLanes} {}
 
-  // Asks for the lines of the caches that planes are going to be stored to: of the channels
-  // [begin, end), which may be other vectors', a few pixels each, more than a processor foresees.
-  // In line: a function that does nothing else has no effect in gcc's eyes, and is not called.
-  [[gnu::always_inline]] void prefetch_planes(int64_t begin, int64_t end, int64_t pixels) const {
-    if (channel_step == 1 || past_caches) return;
-    for (int64_t c = begin; c < channels && c < end; ++c) {
-      const auto* const first = reinterpret_cast<const char*>(out + c * channel_step);
-      const auto* const last = reinterpret_cast<const char*>(out + c * channel_step + pixels) - 1;
-      for (const char* at = first; at < last; at += 64) __builtin_prefetch(at, 1);
-      __builtin_prefetch(last, 1);
-    }
+  // Where planes are going to be stored, of this and the following vectors: more rows than a
+  // processor foresees. To be asked for in so many parts.
+  Ahead planes_ahead(int64_t vectors, int64_t pixels, int64_t parts) const {
+    Ahead ahead{reinterpret_cast<uintptr_t>(out)};
+    if (channel_step == 1 || past_caches) return ahead;
+    ahead.runs = channels < vectors * kLanes ? channels : vectors * kLanes;
+    ahead.step = channel_step * static_cast<int64_t>(sizeof(T));
+    ahead.bytes = pixels * static_cast<int64_t>(sizeof(T));
+    ahead.share_out(parts);
+    return ahead;
   }
 
-  // The same of pixels.
+  // Asks for where some pixels are going to be stored.
   template <int pixels>
   [[gnu::always_inline]] void prefetch_pixels(int64_t first) const {
     if (!is_straight || past_caches) return;

@@ -63,7 +63,7 @@ void run_group(const ConvBiasReluJob& job, const RowBlock& row, const Patches& p
     const int64_t vector = column / kDigits, channel = row.channel + vector * kLanes;
     const bool is_last = (column + 2) / kDigits > vector;  // of the vector's columns
     const Outputs<T> outputs(job, row, vector, out);
-    if (is_last) outputs.prefetch_planes(0, kLanes, pixels);
+    if (is_last) outputs.planes_ahead(1, pixels, 1).template ask<1>();
     const int8_t* const factors = weight + column * plan.steps * kTileBytes;
     int32_t* const to = sums + column % kDigitsColumns * kColumnSums;
     column + 1 < columns ? sum_up<is_signed, 2>(plan, patches.bytes, tiles, factors, to)

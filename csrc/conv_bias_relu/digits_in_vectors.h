@@ -52,10 +52,13 @@ void sum_up(const DigitsPlan& plan, const uint8_t* patches, const int8_t* weight
 
 // --- pairs ---
 
-// Even and odd bytes of the patches as words, and the sums of their products.
+// Makes words of the patches, and sums of their products.
 void widen(const DigitsPlan& plan, int64_t pixels, const Patches& patches) {
   const uint8_t* bytes = patches.bytes;
   uint8_t* words = patches.words;
+  const __m512i low_quads =
+      _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i high_quads = _mm512_add_epi32(low_quads, _mm512_set1_epi32(8));
   for (int64_t p = 0; p < pixels; ++p) {
     __m512i sum = _mm512_setzero_si512();
     for (int64_t left = plan.quads * kQuadBytes; left > 0; left -= kStepBytes) {
@@ -65,8 +68,8 @@ void widen(const DigitsPlan& plan, int64_t pixels, const Patches& patches) {
       const __m512i even = _mm512_and_si512(loaded, _mm512_set1_epi16(0xff));
       const __m512i odd = _mm512_srli_epi16(loaded, 8);
       sum = _mm512_dpwssd_epi32(sum, even, odd);
-      _mm512_storeu_si512(words, even);
-      _mm512_storeu_si512(words + kStepBytes, odd);
+      _mm512_storeu_si512(words, _mm512_permutex2var_epi32(even, low_quads, odd));
+      _mm512_storeu_si512(words + kStepBytes, _mm512_permutex2var_epi32(even, high_quads, odd));
       bytes += kStepBytes;
       words += 2 * kStepBytes;
     }
@@ -80,44 +83,47 @@ inline __m512i broadcast_quad(const uint8_t* from) {
   return _mm512_set1_epi32(four);
 }
 
-// Adds the products of the quads [first, last) to the sums of some pixels and vectors:
-// [pixel][vector][lower, upper][output channel]; with the first quad they begin.
+// Adds the products of the quads [first, last) to the sums of some vectors and some tiles of
+// pixels: [pixel][vector][lower, upper][output channel]; with the first quad they begin. A part of
+// `output` is asked for with each tile.
 template <int vectors, int pixels>
-void add_pairs(const DigitsPlan& plan, int64_t first, int64_t last, const Patches& patches,
-               const int8_t* weight, const int32_t* starts, int32_t* sums) {
+void add_pairs(const DigitsPlan& plan, int64_t first, int64_t last, int64_t tiles,
+               const Patches& patches, const int8_t* weight, const int32_t* starts, int32_t* sums,
+               Ahead& output) {
   constexpr int kSums = vectors * pixels;
   const int64_t patch_bytes = plan.patch_bytes(), vector_bytes = plan.weight_bytes_per_vector();
-  __m512i lower[kSums], upper[kSums];
-  unrolled<kSums>([&](auto i) __attribute__((always_inline)) {
-    constexpr int64_t p = i.value / vectors, v = i.value % vectors;
-    const int32_t* const from =
-        first == 0 ? starts + v * kDigits * kLanes : sums + i.value * 2 * kLanes;
-    lower[i.value] = _mm512_loadu_si512(from);
-    upper[i.value] = _mm512_loadu_si512(from + kLanes);
-    if (first == 0) {
-      const __m512i products = _mm512_set1_epi32(patches.products[p]);
-      upper[i.value] = _mm512_sub_epi32(upper[i.value], products);
-    }
-  });
-  const uint8_t* bytes = patches.bytes + first * kQuadBytes;
-  const uint8_t* words = patches.words + first * 2 * kQuadBytes;
-  weight += first * kDigits * kStepBytes;
-  for (int64_t step = first; step < last; step += kLanes) {
-    const int64_t step_end = last - step < kLanes ? last : step + kLanes;
-    for (int64_t quad = step; quad < step_end; ++quad) {
+  const uint8_t* tile_bytes = patches.bytes + first * kQuadBytes;
+  const uint8_t* tile_words = patches.words + first * 2 * kQuadBytes;
+  const int32_t* products = patches.products;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    __m512i lower[kSums], upper[kSums];
+    unrolled<kSums>([&](auto i) __attribute__((always_inline)) {
+      constexpr int64_t p = i.value / vectors, v = i.value % vectors;
+      const int32_t* const from =
+          first == 0 ? starts + v * kDigits * kLanes : sums + i.value * 2 * kLanes;
+      lower[i.value] = _mm512_loadu_si512(from);
+      upper[i.value] = _mm512_loadu_si512(from + kLanes);
+      if (first == 0) {
+        upper[i.value] = _mm512_sub_epi32(upper[i.value], _mm512_set1_epi32(products[p]));
+      }
+    });
+    output.ask<1>();
+    const uint8_t *bytes = tile_bytes, *words = tile_words;
+    const int8_t* weights = weight + first * kDigits * kStepBytes;
+    for (int64_t quad = first; quad < last; ++quad) {
       __m512i digits[vectors], even_weights[vectors], odd_weights[vectors];
       unrolled<vectors>([&](auto v) __attribute__((always_inline)) {
-        const int8_t* const from = weight + v.value * vector_bytes;
+        const int8_t* const from = weights + v.value * vector_bytes;
         digits[v.value] = _mm512_loadu_si512(from);
         even_weights[v.value] = _mm512_loadu_si512(from + kStepBytes);
         odd_weights[v.value] = _mm512_loadu_si512(from + 2 * kStepBytes);
-        // Else the compiler loads them anew for each pixel: loads are what there are too many of.
+        // Else the compiler loads them anew for each pixel, and loads are what there are most of.
         asm("" : "+v"(digits[v.value]), "+v"(even_weights[v.value]), "+v"(odd_weights[v.value]));
       });
       unrolled<pixels>([&](auto p) __attribute__((always_inline)) {
         const uint8_t* const two = words + p.value * 2 * patch_bytes;
         const __m512i four = broadcast_quad(bytes + p.value * patch_bytes);
-        const __m512i even = broadcast_quad(two), odd = broadcast_quad(two + kStepBytes);
+        const __m512i even = broadcast_quad(two), odd = broadcast_quad(two + kQuadBytes);
         unrolled<vectors>([&](auto v) __attribute__((always_inline)) {
           constexpr int i = p.value * vectors + v.value;
           upper[i] = _mm512_dpwssd_epi32(upper[i], _mm512_add_epi16(even, odd_weights[v.value]),
@@ -126,20 +132,22 @@ void add_pairs(const DigitsPlan& plan, int64_t first, int64_t last, const Patche
         });
       });
       bytes += kQuadBytes;
-      words += kQuadBytes;
-      weight += kDigits * kStepBytes;
+      words += 2 * kQuadBytes;
+      weights += kDigits * kStepBytes;
     }
-    words += kStepBytes;
+    unrolled<kSums>([&](auto i) __attribute__((always_inline)) {
+      _mm512_storeu_si512(sums + i.value * 2 * kLanes, lower[i.value]);
+      _mm512_storeu_si512(sums + i.value * 2 * kLanes + kLanes, upper[i.value]);
+    });
+    tile_bytes += pixels * patch_bytes;
+    tile_words += pixels * 2 * patch_bytes;
+    products += pixels;
+    sums += kSums * 2 * kLanes;
   }
-  unrolled<kSums>([&](auto i) __attribute__((always_inline)) {
-    _mm512_storeu_si512(sums + i.value * 2 * kLanes, lower[i.value]);
-    _mm512_storeu_si512(sums + i.value * 2 * kLanes + kLanes, upper[i.value]);
-  });
 }
 
 // As many quads at a time as leave the weights in the first-level cache while pixels pass by.
 constexpr int64_t kQuadsAtOnce = 48;
-static_assert(kQuadsAtOnce % kLanes == 0);  // whole steps
 
 template <class T, int vectors>
 void run_pairs(const ConvBiasReluJob& job, const RowBlock& row, const Patches& patches,
@@ -153,29 +161,19 @@ void run_pairs(const ConvBiasReluJob& job, const RowBlock& row, const Patches& p
   const int32_t* const starts = plan.starts + row.channel * kDigits;
   const Outputs<T> outputs[kPairsVectors] = {
       {job, row, 0, out}, {job, row, 1, out}, {job, row, 2, out}};
+  Ahead output{};
   for (int64_t first = 0; first < plan.quads; first += kQuadsAtOnce) {
     const int64_t last = plan.quads - first < kQuadsAtOnce ? plan.quads : first + kQuadsAtOnce;
-    int64_t asked = 0;  // channels of the output
-    for (int64_t p = 0; p < pixels;) {
-      if (last == plan.quads) {
-        const int64_t due = p + kPixels < pixels ? p + kPixels : pixels;
-        const int64_t channels = due * vectors * kLanes / pixels;
-        outputs[0].prefetch_planes(asked, channels, pixels);
-        asked = channels;
-      }
-      const auto add = [&](auto count) {
-        add_pairs<vectors, count.value>(plan, first, last, patches.from(plan, p), weight, starts,
-                                        sums + p * vectors * 2 * kLanes);
-        p += count.value;
-      };
-      if (pixels - p >= kPixels) {
-        add(Constant<kPixels>{});
-      } else if (pixels - p >= 2) {
-        add(Constant<2>{});
-      } else {
-        add(Constant<1>{});
-      }
-    }
+    const int64_t tiles = pixels / kPixels;
+    if (last == plan.quads && tiles > 0) output = outputs[0].planes_ahead(vectors, pixels, tiles);
+    const auto add = [&](auto count, int64_t times, int64_t p) {
+      add_pairs<vectors, count.value>(plan, first, last, times, patches.from(plan, p), weight,
+                                      starts, sums + p * vectors * 2 * kLanes, output);
+    };
+    add(Constant<kPixels>{}, tiles, 0);
+    int64_t p = tiles * kPixels;
+    for (; pixels - p >= 2; p += 2) add(Constant<2>{}, 1, p);
+    if (p < pixels) add(Constant<1>{}, 1, p);
   }
   Counts<1> counts[vectors];
   // All channels of a few pixels, as pixels may lie pages apart.
@@ -184,11 +182,13 @@ void run_pairs(const ConvBiasReluJob& job, const RowBlock& row, const Patches& p
     for (int64_t v = 0; v < vectors; ++v) {
       const int64_t channel = row.channel + v * kLanes;
       const Steps steps(plan.step + channel);
+      const float* const bias = job.bias + channel;
+      const Outputs<T> own = outputs[v];
       Counts<1> all = counts[v];
       for (int64_t p = begin; p < end; ++p) {
         const int32_t* const at = sums + (p * vectors + v) * 2 * kLanes;
         const Integers lower = load_integers(at), upper = load_integers(at + kLanes);
-        outputs[v].put(p, steps.output(lower, upper, load(job.bias + channel + biases[p])), all);
+        own.put(p, steps.output(lower, upper, load(bias + biases[p])), all);
       }
       counts[v] = all;
     }
@@ -208,7 +208,7 @@ void run_group(const ConvBiasReluJob& job, const RowBlock& row, const Patches& p
   for (int64_t v = 0; v < row.vectors; ++v) {
     const int64_t channel = row.channel + v * kLanes;
     const Outputs<T> outputs(job, row, v, out);
-    outputs.prefetch_planes(0, kLanes, pixels);
+    outputs.planes_ahead(1, pixels, 1).template ask<1>();
     const auto* const weight =
         reinterpret_cast<const int8_t*>(job.weight) + channel * plan.weight_bytes_per_output();
     const int32_t* const start = plan.starts + channel * kDigits;
