@@ -301,7 +301,7 @@ int32_t conv_bias_relu_cpu(const ConvBiasReluArgs& args, ParallelFor parallel_fo
   if (winograd.has_value()) {
     winograd->pack_weight(args, job.blocks, dead, weight.get());
   } else if (digits.has_value()) {
-    digits->pack_weight(args, *bounds, dead, loops.pack_digits,
+    digits->pack_weight(args, *bounds, job.blocks, dead, loops.pack_digits,
                         reinterpret_cast<int8_t*>(weight.get()));
   } else {
     if (pack_weight(job, weight.get())) leave_out_padding_if_possible(job);

@@ -228,7 +228,8 @@ void Digits::put_biases(const ConvBiasReluArgs& args, int64_t output, const Digi
 }
 
 void Digits::pack_weight(const ConvBiasReluArgs& args, const Bounds& bounds,
-                         const std::vector<bool>& dead, PackVector pack_vector, int8_t* packed) {
+                         const ChannelBlocks& blocks, const std::vector<bool>& dead,
+                         PackVector pack_vector, int8_t* packed) {
   const int64_t outputs = args.output_sizes[1], channels = args.input_sizes[1];
   Line lines[kChannels];
   for (int64_t c = 0; c < channels; ++c) lines[c] = line_of(args, c, plan.is_signed ? 128.0 : 0.0);
@@ -264,8 +265,8 @@ void Digits::pack_weight(const ConvBiasReluArgs& args, const Bounds& bounds,
   }
   std::vector<WeightRuns> runs;
   for (size_t at = 0; at < offsets.size(); at += kVector) runs.push_back(runs_of(&offsets[at]));
-  for (int64_t first = 0; first < outputs; first += kVector) {
-    const int64_t count = std::min(kVector, outputs - first);
+  const auto pack = [&](int64_t vector, int64_t quad_bytes, int8_t* to) {
+    const int64_t first = vector * kVector, count = std::min(kVector, outputs - first);
     double per_step[kVector] = {};
     for (int64_t o = 0; o < count; ++o) per_step[o] = dead[first + o] ? 0.0 : 1.0 / step[first + o];
     const DigitsWeights weights{args.weight + first * strides[0],
@@ -274,9 +275,21 @@ void Digits::pack_weight(const ConvBiasReluArgs& args, const Bounds& bounds,
                                 per_step,
                                 offsets.data(),
                                 scales.data(),
-                                runs.data()};
-    pack_vector(plan, weights, packed + first * plan.weight_bytes_per_output(),
-                &starts[static_cast<size_t>(first * kDigits)]);
+                                runs.data(),
+                                quad_bytes};
+    pack_vector(plan, weights, to, &starts[static_cast<size_t>(first * kDigits)]);
+  };
+  constexpr int64_t kQuad = kDigits * kStepBytes;
+  for (int64_t block = 0; block < blocks.count; ++block) {
+    const int64_t begin = blocks.first_vector(block), end = blocks.first_vector(block + 1);
+    for (int64_t vector = begin; vector < end; ++vector) {
+      if (plan.in_pairs) {
+        pack(vector, (end - begin) * kQuad,
+             packed + begin * plan.weight_bytes_per_vector() + (vector - begin) * kQuad);
+      } else {
+        pack(vector, kQuad, packed + vector * plan.weight_bytes_per_vector());
+      }
+    }
   }
 }
 

@@ -49,12 +49,12 @@ constexpr int64_t kQuadBytes = 4;
 constexpr int64_t kPairsVectors = 3;
 
 // All bytes that an output pixel sees are brought side by side, row of the kernel after row of it:
-// a patch, that is a row of the left operands, one step after the other. The weights are, for each
-// vector of 16 output channels,
+// a patch, that is a row of the left operands, one step after the other. The weights are
 //
-//   in tiles    [digit][step], as matrix_tiles.h has the right operand,
-//   in vectors  [quad][digit][output channel][4 bytes]; in pairs, d0 and then the words of the
-//               even bytes and of the odd ones.
+//   in tiles    [vector of 16 output channels][digit][step], as matrix_tiles.h has the right
+//   operand, in vectors  [vector][quad][digit][output channel][4 bytes], in pairs
+//   [block][quad][vector of the block][digit][output channel][4 bytes]: d0, the words of
+//               the even bytes and those of the odd ones.
 struct DigitsPlan {
   bool is_signed;    // z is 128
   int64_t row_step;  // bytes of a patch from one row of the kernel to the next
@@ -98,6 +98,7 @@ struct DigitsWeights {
   const int32_t* offsets;
   const double* scales;
   const WeightRuns* runs;  // [patch bytes / 16]
+  int64_t quad_bytes;      // in vectors: from one quad to the next, where they are packed
 };
 
 // Output pixels that are computed together, of which the sums in float32 are right to 1e-5.

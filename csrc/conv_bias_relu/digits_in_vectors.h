@@ -91,7 +91,8 @@ void add_pairs(const DigitsPlan& plan, int64_t first, int64_t last, int64_t tile
                const Patches& patches, const int8_t* weight, const int32_t* starts, int32_t* sums,
                Ahead& output) {
   constexpr int kSums = vectors * pixels;
-  const int64_t patch_bytes = plan.patch_bytes(), vector_bytes = plan.weight_bytes_per_vector();
+  constexpr int64_t kVectorBytes = kDigits * kStepBytes;  // of a quad
+  const int64_t patch_bytes = plan.patch_bytes();
   const uint8_t* tile_bytes = patches.bytes + first * kQuadBytes;
   const uint8_t* tile_words = patches.words + first * 2 * kQuadBytes;
   const int32_t* products = patches.products;
@@ -109,11 +110,11 @@ void add_pairs(const DigitsPlan& plan, int64_t first, int64_t last, int64_t tile
     });
     output.ask<1>();
     const uint8_t *bytes = tile_bytes, *words = tile_words;
-    const int8_t* weights = weight + first * kDigits * kStepBytes;
+    const int8_t* weights = weight + first * vectors * kVectorBytes;
     for (int64_t quad = first; quad < last; ++quad) {
       __m512i digits[vectors], even_weights[vectors], odd_weights[vectors];
       unrolled<vectors>([&](auto v) __attribute__((always_inline)) {
-        const int8_t* const from = weights + v.value * vector_bytes;
+        const int8_t* const from = weights + v.value * kVectorBytes;
         digits[v.value] = _mm512_loadu_si512(from);
         even_weights[v.value] = _mm512_loadu_si512(from + kStepBytes);
         odd_weights[v.value] = _mm512_loadu_si512(from + 2 * kStepBytes);
@@ -133,7 +134,7 @@ void add_pairs(const DigitsPlan& plan, int64_t first, int64_t last, int64_t tile
       });
       bytes += kQuadBytes;
       words += 2 * kQuadBytes;
-      weights += kDigits * kStepBytes;
+      weights += vectors * kVectorBytes;
     }
     unrolled<kSums>([&](auto i) __attribute__((always_inline)) {
       _mm512_storeu_si512(sums + i.value * 2 * kLanes, lower[i.value]);

@@ -202,7 +202,7 @@ template <bool in_pairs>
 void pack(const DigitsPlan& plan, const DigitsWeights& from, int8_t* packed, int32_t* starts) {
   constexpr int kQuads = 4;  // at a time
   const int64_t digit_bytes = kInVectors ? kStepBytes : plan.patch_bytes() * kLanes;
-  const int64_t quad_bytes = kInVectors ? kDigits * kStepBytes : kStepBytes;
+  const int64_t quad_bytes = kInVectors ? from.quad_bytes : kStepBytes;
 #if defined(__AVX512VNNI__)
   Starts<in_pairs> start;
 #endif

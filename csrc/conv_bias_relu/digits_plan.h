@@ -43,7 +43,7 @@ struct Digits {
   // As digits.h has it, and the biases; zeros for a dead channel. `pack_vector`: pack_digits of
   // the instruction set.
   using PackVector = void (*)(const DigitsPlan&, const DigitsWeights&, int8_t*, int32_t*);
-  void pack_weight(const ConvBiasReluArgs& args, const Bounds& bounds,
+  void pack_weight(const ConvBiasReluArgs& args, const Bounds& bounds, const ChannelBlocks& blocks,
                    const std::vector<bool>& dead, PackVector pack_vector, int8_t* packed);
 
  private:
