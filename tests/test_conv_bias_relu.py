@@ -1269,6 +1269,45 @@ def test_the_largest_sums_in_digits(isa: str, side: int) -> None:
 
 
 @in_digits
+def test_weights_of_any_strides_in_digits(isa: str) -> None:
+    """Read in runs of floats or one by one, they are the same."""
+    case = Case(3, 40, (9, 7), 4, 1, size=(41, 43))
+    usual, bias = case.weights(torch.float32)
+    images = random_bytes(2, 3, *case.size)
+
+    def output(weight: torch.Tensor) -> torch.Tensor:
+        return pixfuse.conv_bias_relu(
+            images,
+            weight,
+            bias,
+            *case.options(),
+            normalization=pixfuse.UNIT,
+            memory_format=torch.contiguous_format,
+        )[0]
+
+    expected = output(usual)
+    for order in itertools.permutations(range(4)):
+        back = [order.index(dimension) for dimension in range(4)]
+        permuted = usual.permute(order).contiguous()
+        apart = torch.empty(*permuted.shape[:3], 2 * permuted.shape[3])[..., ::2].copy_(permuted)
+        for weight in (permuted.permute(back), apart.permute(back)):
+            assert_same_bits(output(weight), expected)
+
+
+@pytest.mark.skipif(not IN_PAIRS, reason="vectors add instead of multiplying here")
+def test_pairs_are_for_up_to_4096_taps() -> None:
+    """More would leave their words fewer bits."""
+    for side, taken in ((36, True), (37, False)):
+        images, weight = random_bytes(1, 3, side, side), torch.randn(16, 3, side, side)
+        results = []
+        for isa in ("vnni", *IN_PAIRS):
+            with _library.use_isa(isa):
+                call = pixfuse.conv_bias_relu(images, weight, normalization=pixfuse.IMAGENET)
+                results.append(call[0])
+        assert torch.equal(*results) is not taken
+
+
+@in_digits
 def test_black_is_nothing(isa: str) -> None:
     """In [0, 1] a black pixel leaves no trace of its weight, however large that is."""
     case = LARGE_STEPS

@@ -224,7 +224,7 @@ int32_t conv_bias_relu_cpu(const ConvBiasReluArgs& args, ParallelFor parallel_fo
   if (args.input_type == ElementType::uint8) {
     bounds.emplace(args, loops.sum_weights);
     const bool in_points = winograd_suits(args, *bounds);
-    // It has fewer multiplications than vectors save by multiplying bytes, but not tiles.
+    // It saves more multiplications than vectors do by multiplying bytes, but no more than tiles.
     if (loops.digits != nullptr && digits_suit(args, *bounds, loops.digits_in) &&
         (loops.digits_in == DigitsIn::tiles || !in_points)) {
       digits.emplace(args, *bounds, vectors * loops.lanes, loops.digits_in);

@@ -6,8 +6,8 @@
 
 namespace pixfuse {
 
-// What multiplies the bytes: vectors, vectors that add beside multiplying, or tiles. Of a few
-// thousand pixels in a kernel pairs leave the sums no room: those are computed by digits.
+// What multiplies the bytes: vectors, each digit or in pairs, or tiles. Kernels of more than a few
+// thousand taps leave the words of pairs too few bits: they go by each digit.
 enum class DigitsIn { vectors, pairs, tiles };
 
 // Whether it is as good as torch's: for bytes of up to three channels, as what normalizes them
