@@ -1294,6 +1294,25 @@ def test_weights_of_any_strides_in_digits(isa: str) -> None:
             assert_same_bits(output(weight), expected)
 
 
+@in_digits
+def test_weights_whose_channels_lie_side_by_side_in_digits(isa: str) -> None:
+    """Their sums, which the offsets of the normalization go with, are each channel's own."""
+    for channels in (1, 2, 3):
+        case = Case(channels, 20, (9, 8), 3, 0, size=(30, 29))
+        weight, bias = case.weights(torch.float32)
+        weight = (weight + torch.arange(channels)[:, None, None]).to(
+            memory_format=torch.channels_last
+        )
+        images = random_bytes(1, channels, *case.size)
+        normalization = made_up(channels, "torchvision")
+        floats = pixfuse.normalize(images, normalization)
+        truth = Truth(floats, weight, bias, case.options())
+        ours, activity = pixfuse.conv_bias_relu(
+            images, weight, bias, *case.options(), normalization=normalization
+        )
+        check_values(ours, activity, truth)
+
+
 @pytest.mark.skipif(not IN_PAIRS, reason="vectors add instead of multiplying here")
 def test_pairs_are_for_up_to_4096_taps() -> None:
     """More would leave their words fewer bits."""
