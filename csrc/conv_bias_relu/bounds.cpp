@@ -38,8 +38,7 @@ Bounds::Bounds(const ConvBiasReluArgs& args, SumWeights sum_weights)
   const int64_t taps = rows * columns;
   // All of an output channel, or of one and an input channel.
   const bool interleaved = strides[1] == 1 && strides[3] == channels;
-  const bool planes = strides[3] == 1;
-  const bool side_by_side = (interleaved || planes) && strides[2] == columns * strides[3];
+  const bool side_by_side = (interleaved || strides[3] == 1) && strides[2] == columns * strides[3];
   std::vector<float> copied(static_cast<size_t>(side_by_side ? 0 : taps));
   sums.resize(static_cast<size_t>(args.output_sizes[1] * channels));
   for (int64_t o = 0; o < args.output_sizes[1]; ++o) {

@@ -49,12 +49,10 @@ constexpr int64_t kQuadBytes = 4;
 constexpr int64_t kPairsVectors = 3;
 
 // All bytes that an output pixel sees are brought side by side, row of the kernel after row of it:
-// a patch, that is a row of the left operands, one step after the other. The weights are
-//
-//   in tiles    [vector of 16 output channels][digit][step], as matrix_tiles.h has the right
-//   operand, in vectors  [vector][quad][digit][output channel][4 bytes], in pairs
-//   [block][quad][vector of the block][digit][output channel][4 bytes]: d0, the words of
-//               the even bytes and those of the odd ones.
+// a patch, that is a row of the left operands, one step after the other. The weights of a vector of
+// 16 output channels are [digit][step] in tiles, as matrix_tiles.h has the right operand, and
+// [quad][digit][output channel][4 bytes] in vectors. In pairs the digits are d0, the words of the
+// even bytes and those of the odd ones, and vectors of a block take turns with each quad.
 struct DigitsPlan {
   bool is_signed;    // z is 128
   int64_t row_step;  // bytes of a patch from one row of the kernel to the next

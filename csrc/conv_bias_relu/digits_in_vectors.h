@@ -5,6 +5,12 @@
 namespace pixfuse::PIXFUSE_ISA {
 namespace {
 
+inline __m512i broadcast_quad(const uint8_t* from) {
+  int32_t four;
+  __builtin_memcpy(&four, from, sizeof four);
+  return _mm512_set1_epi32(four);
+}
+
 // --- each digit ---
 
 // Pixels whose sums of all digits are in registers at a time, with the weights.
@@ -30,9 +36,7 @@ void sum_up(const DigitsPlan& plan, const uint8_t* patches, const int8_t* weight
       w[digit.value] = load_integers(weight + digit.value * kStepBytes);
     });
     unrolled<pixels>([&](auto p) __attribute__((always_inline)) {
-      int32_t four;
-      __builtin_memcpy(&four, patches + p.value * patch_bytes, sizeof four);
-      const __m512i bytes = _mm512_set1_epi32(four);
+      const __m512i bytes = broadcast_quad(patches + p.value * patch_bytes);
       unrolled<kDigits>([&](auto digit) __attribute__((always_inline)) {
         Integers& sum = sums[p.value * kDigits + digit.value];
         sum = (Integers)_mm512_dpbusd_epi32((__m512i)sum, bytes, (__m512i)w[digit.value]);
@@ -75,12 +79,6 @@ void widen(const DigitsPlan& plan, int64_t pixels, const Patches& patches) {
     }
     patches.products[p] = _mm512_reduce_add_epi32(sum);
   }
-}
-
-inline __m512i broadcast_quad(const uint8_t* from) {
-  int32_t four;
-  __builtin_memcpy(&four, from, sizeof four);
-  return _mm512_set1_epi32(four);
 }
 
 // Adds the products of the quads [first, last) to the sums of some vectors and some tiles of
